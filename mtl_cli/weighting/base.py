@@ -2,7 +2,19 @@
 
 The engine (``backward.py``) owns autograd, devices, ranks, loss scales and micro-batches; a
 strategy sees global numbers only, over the objectives that have a label in this step ("present"),
-and keeps its state full-size, indexed by objective.
+and keeps its state full-size, indexed by objective. Strategies live on the CPU in float64 (the
+state that is as large as gradient rows follows the rows); weights leave as float64.
+
+A step, from the engine's side (the methods marked * are what a strategy overrides)::
+
+    w = weights*(step, present)                        # known beforehand? else, at the losses L:
+    values, slopes = transformed(L, present)           # transform=log and the like
+    w = d objective*(values, present) / d values       # LossWeighting
+    rows = observe_rows*(slopes x rows, ...)           # only if "rows" in needs
+    w = row_weights(slopes x G x slopes, values, ...)  # GramianWeighting, calls solve*
+    row k of the shared gradient  <-  rescale(w)[k] * slopes[k]
+    head of objective k           <-  head_weights(rescale(w), present)[k] * slopes[k]
+    advance(step, present, L, G)                       # calls update*; look_ahead* if recompute
 """
 
 # T objectives, K present objectives, P parameters (columns)
@@ -14,7 +26,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mtl_cli.errors import ConfigError, nearest
 from mtl_cli.task import Objective, mix64
+from mtl_cli.weighting.transform import TRANSFORMS, transform
+
+DEAD_ROW = 1e-12  # a row shorter than this share of the longest one carries no direction
+
+
+def choose(key: str, value: str, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of the choices.
+
+    Raises:
+        ConfigError: it is not; names the key, the choices and the nearest one.
+    """
+    if value not in choices:
+        expected = ", ".join(choices)
+        raise ConfigError(
+            f"weighting.{key}: unknown value (found {value!r}, expected one of {expected})"
+            + nearest(str(value), choices)
+        )
+    return value
 
 
 class Weighting(nn.Module):
@@ -25,23 +56,50 @@ class Weighting(nn.Module):
         seed: run seed, injected by build; all draws are functions of (seed, step, names).
         heads: ``own`` leaves each head its own loss gradient (weight 1, times d transform/dL);
             ``weighted`` multiplies it by the objective's weight. Per paper.
+        transform: of the losses, before the strategy sees them: identity, log, initial (L/L(0)).
+        reduction: ``paper`` leaves the weights as the paper scales them; ``sum`` rescales them to
+            sum to K, as the weights of a plain sum do; ``mean`` to sum to 1. Makes learning rates
+            comparable between strategies.
 
     Class attributes:
         couples: the weights of one objective depend on the losses or gradients of the others in
             the same step. Refused where a step sees one task only (schedule=alternate, per_step).
-        recompute: wants the losses after the step, on the same batch (FAMO).
+        recompute: wants the losses after the step, on the same batch, through :meth:`look_ahead`.
+        needs: what else the engine must supply, or refuse: ``rows`` (see :meth:`observe_rows`),
+            ``batches`` (three independent batches per step), ``validation``, ``metrics``.
+
+    State:
+        fallbacks: int64 scalar, number of times a degenerate input met a documented fallback.
     """
 
     couples: bool = True
     recompute: bool = False
+    needs: tuple[str, ...] = ()
 
     def __init__(
-        self, objectives: Sequence[Objective], *, seed: int = 0, heads: str = "weighted"
+        self,
+        objectives: Sequence[Objective],
+        *,
+        seed: int = 0,
+        heads: str = "weighted",
+        transform: str = "identity",
+        reduction: str = "paper",
     ) -> None:
         super().__init__()
         self.objectives = tuple(objectives)
         self.seed = seed
-        self.heads = heads
+        self.heads = choose("heads", heads, ("own", "weighted"))
+        self.transform = choose("transform", transform, TRANSFORMS)
+        self.reduction = choose("reduction", reduction, ("paper", "sum", "mean"))
+        self.rank: Tensor
+        self.fallbacks: Tensor
+        self.initial_losses: Tensor
+        names = sorted(o.name for o in self.objectives)
+        rank = torch.tensor([names.index(o.name) for o in self.objectives], dtype=torch.int64)
+        self.register_buffer("rank", rank, persistent=False)
+        self.register_buffer("fallbacks", torch.zeros((), dtype=torch.int64))
+        if transform == "initial":
+            self.register_buffer("initial_losses", self.per_objective(float("nan")))
 
     def weights(self, step: int, present: Tensor) -> Tensor | None:
         """Weights known *before* this step's backward pass, or None.
@@ -51,7 +109,7 @@ class Weighting(nn.Module):
             present: int64 [K], indices of the objectives with a label in the whole global step.
 
         Returns:
-            [K] float, detached; None if this step's losses or gradients are needed first.
+            [K] float64, detached; None if this step's losses or gradients are needed first.
         """
         return None
 
@@ -67,16 +125,85 @@ class Weighting(nn.Module):
             gramian: [K, K] float64 where the engine had to compute it, else None.
         """
 
+    def look_ahead(self, step: int, present: Tensor, losses: Tensor) -> None:
+        """Advance the state with the losses of the same batch after the step (``recompute``).
+
+        Args:
+            step: the step that was just taken.
+            present: int64 [K].
+            losses: [K] global losses after the step.
+        """
+
     def end_epoch(self) -> None:
         """Called once after every completed epoch of a stage."""
 
+    def transformed(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """What the strategy sees instead of the losses, and the slopes of the gradients.
+
+        Args:
+            losses: [K] global losses.
+            present: int64 [K].
+
+        Returns:
+            values [K], d value / d loss [K].
+        """
+        initial = self.initial_losses[present] if self.transform == "initial" else losses
+        return transform(losses, initial, self.transform)
+
+    def advance(
+        self, step: int, present: Tensor, losses: Tensor, gramian: Tensor | None = None
+    ) -> None:
+        """Call :meth:`update` with the transformed losses; the engine's way in.
+
+        Args:
+            step: as in :meth:`weights`.
+            present: int64 [K].
+            losses: [K] global losses, before the step, not transformed.
+            gramian: [K, K] Gramian of the gradients of the losses, not transformed, or None.
+        """
+        losses = losses.detach()
+        values, slopes = self.transformed(losses, present)
+        if gramian is not None:
+            gramian = gramian * torch.outer(slopes, slopes)
+        if self.transform == "initial":
+            first = self.initial_losses[present]
+            self.initial_losses[present] = torch.where(torch.isnan(first), losses.double(), first)
+        self.update(step, present, values, gramian)
+
+    def rescale(self, weights: Tensor) -> Tensor:
+        """Apply ``reduction`` to the weights [K] of the present objectives.
+
+        ``sum`` divides by the mean of \\|w\\|, ``mean`` by the sum of \\|w\\| (papers with negative
+        weights exist); weights that are all zero stay so.
+        """
+        if self.reduction == "paper" or not len(weights):
+            return weights
+        total = weights.abs().sum()
+        goal = len(weights) if self.reduction == "sum" else 1
+        return weights * (goal / total) if float(total) > 0 else weights
+
+    def head_weights(self, weights: Tensor, present: Tensor) -> Tensor:
+        """Weights [K] of the heads' own gradients, given the row weights [K]; per ``heads``."""
+        return weights if self.heads == "weighted" else torch.ones_like(weights)
+
     def generator(self, step: int, salt: int = 0) -> torch.Generator:
-        """CPU generator that depends on (seed, step, salt) alone: equal on all ranks."""
+        """CPU generator that depends on (seed, step, salt) alone: equal on all ranks.
+
+        Draw one number per objective and index the draws by ``rank`` (the position of each
+        objective among the sorted names): a run then does not depend on the order of the tasks.
+        """
         return torch.Generator().manual_seed(mix64(self.seed, 0x57, step, salt))
+
+    def per_objective(self, value: float = 0.0) -> Tensor:
+        """A [T] float64 tensor filled with ``value``: the shape of most state."""
+        return torch.full((len(self.objectives),), value, dtype=torch.float64)
 
 
 class LossWeighting(Weighting):
     """Scalarises the loss vector; costs one joint step.
+
+    Args:
+        lr_mult: learned scalars step with the model's learning rate times this.
 
     Class attributes:
         affine: the weights dF/dL do not depend on L, so :meth:`weights` knows them beforehand.
@@ -88,7 +215,29 @@ class LossWeighting(Weighting):
     """
 
     affine: bool = True
-    lr_mult: float = 1.0
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        *,
+        seed: int = 0,
+        heads: str = "weighted",
+        transform: str = "identity",
+        reduction: str = "paper",
+    ) -> None:
+        super().__init__(
+            objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
+        )
+        self.lr_mult = 1.0
+
+    def weights(self, step: int, present: Tensor) -> Tensor | None:
+        """dF/dL, where it does not depend on L."""
+        if not self.affine:
+            return None
+        losses = torch.zeros(len(present), dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            total = self.objective(losses, present)
+        return torch.autograd.grad(total, losses)[0]
 
     def objective(self, losses: Tensor, present: Tensor) -> Tensor:
         """Scalar F(L) whose gradient in L gives the weights and in the parameters their update.
@@ -107,6 +256,7 @@ class GramianWeighting(Weighting):
     """Weights from the Gramian of the objectives' gradients.
 
     Args:
+        heads: as in :class:`Weighting`; ``own`` unless the paper weights the heads too.
         wrt: ``shared`` (all shared parameters, exact), ``last_shared`` or ``features`` (cheap).
         update_every: solve every n-th step and keep the weights in between.
 
@@ -125,27 +275,31 @@ class GramianWeighting(Weighting):
         heads: str = "own",
         wrt: str = "shared",
         update_every: int = 1,
+        transform: str = "identity",
+        reduction: str = "paper",
     ) -> None:
-        super().__init__(objectives, seed=seed, heads=heads)
-        self.wrt = wrt
+        super().__init__(
+            objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
+        )
+        self.lr_mult = 1.0
+        self.wrt = choose("wrt", wrt, ("shared", "last_shared", "features"))
         self.update_every = update_every
         self.last_weights: Tensor
-        nan = torch.full((len(self.objectives),), float("nan"), dtype=torch.float64)
-        self.register_buffer("last_weights", nan)
+        self.register_buffer("last_weights", self.per_objective(float("nan")))
 
     def weights(self, step: int, present: Tensor) -> Tensor | None:
         """The weights of the last solve, while they are still to be kept."""
         if self.update_every <= 1 or step % self.update_every == 0:
             return None
-        kept = self.last_weights[present.to(self.last_weights.device)]
+        kept = self.last_weights[present]
         return None if bool(torch.isnan(kept).any()) else kept
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
-        """Return the weights of the present rows.
+        """Return the weights of the present rows; called only for steps that will be taken.
 
         Args:
             gramian: [K, K] float64 on the CPU; zero rows and absent objectives are already dropped
-                by the engine.
+                by :meth:`row_weights`.
             losses: [K] float64 on the CPU, the losses of the same rows.
             present: int64 [K].
             step: optimizer steps attempted so far (for draws).
@@ -155,11 +309,63 @@ class GramianWeighting(Weighting):
         """
         raise NotImplementedError
 
+    def row_weights(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """Solve without rows that carry no direction, remember the weights; the engine's way in.
+
+        A single row gets weight 1. Dropped rows (shorter than 1e-12 of the longest) get the mean
+        weight of the others, which only their heads can feel. A result that is not finite is
+        replaced by the weights of the plain mean and counted.
+
+        Args:
+            gramian: [K, K] float64, finite.
+            losses: [K] float64.
+            present: int64 [K].
+            step: optimizer steps attempted so far.
+
+        Returns:
+            [K] float64.
+        """
+        length = gramian.diagonal().clamp_min(0).sqrt()
+        alive = length > DEAD_ROW * length.max()
+        weights = torch.ones_like(length)
+        if int(alive.sum()) > 1:
+            found = self.solve(gramian[alive][:, alive], losses[alive], present[alive], step)
+            if not bool(torch.isfinite(found).all()):
+                self.fallbacks += 1
+                found = torch.full_like(found, 1 / len(found))
+            weights = torch.full_like(length, float(found.mean()))
+            weights[alive] = found
+        self.last_weights[present] = weights
+        return weights
+
+    def observe_rows(
+        self, rows: list[list[Tensor]], present: Tensor, losses: Tensor, step: int
+    ) -> list[list[Tensor]]:
+        """Update state that is as large as the rows and return the rows to use instead of them.
+
+        Called only if ``"rows" in needs``, once per step that will be taken (rows reduced over
+        ranks and micro-batches, unscaled, found finite, multiplied by the slopes of the
+        transform), before the Gramian. Gramian and combination then use the returned rows. Rows
+        must be whole on every rank (no slices), so that the state is equal on all of them.
+
+        Args:
+            rows: K lists of tensors, one per shared parameter, in a fixed order.
+            present: int64 [K].
+            losses: [K] float64, transformed.
+            step: optimizer steps attempted so far.
+
+        Returns:
+            K lists of tensors of the same shapes; may be the same objects, must not alias state
+            (the engine may combine them in place).
+        """
+        return rows
+
 
 class GradientWeighting(Weighting):
     """A column-local map of the gradient rows (each column of the matrix is treated alone).
 
     Args:
+        heads: as in :class:`Weighting`.
         wrt: ``shared``.
     """
 
@@ -170,9 +376,13 @@ class GradientWeighting(Weighting):
         seed: int = 0,
         heads: str = "own",
         wrt: str = "shared",
+        transform: str = "identity",
+        reduction: str = "paper",
     ) -> None:
-        super().__init__(objectives, seed=seed, heads=heads)
-        self.wrt = wrt
+        super().__init__(
+            objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
+        )
+        self.wrt = choose("wrt", wrt, ("shared",))
 
     def combine(
         self, rows: Tensor, present: Tensor, step: int, column: int, losses: Tensor
@@ -180,7 +390,7 @@ class GradientWeighting(Weighting):
         """Combine the rows of one parameter tensor.
 
         Args:
-            rows: [K, P_tensor] float32, on the device.
+            rows: [K, P_tensor] float32, on the device, multiplied by the transform's slopes.
             present: int64 [K].
             step: optimizer steps attempted so far.
             column: number of the first column of this tensor among all P; salts the draws and

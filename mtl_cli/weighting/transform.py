@@ -1,0 +1,31 @@
+"""Loss transforms: what happens to the losses before a strategy sees them."""
+
+# K present objectives
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TRANSFORMS = ("identity", "log", "initial")
+SMALLEST = 1e-8  # losses are clamped here before a logarithm or a division
+
+
+def transform(losses: Tensor, initial: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Transform losses and return the slope that multiplies their gradients.
+
+    Args:
+        losses: [K], global losses.
+        initial: [K], each objective's first loss; NaN where it has not been seen yet.
+        kind: ``identity``: L; ``log``: log L; ``initial``: L / L(0).
+
+    Returns:
+        values [K] and derivatives d value / d L [K].
+    """
+    if kind == "log":
+        positive = losses.clamp_min(SMALLEST)
+        return positive.log(), 1 / positive
+    if kind == "initial":
+        first = torch.where(torch.isnan(initial), losses, initial).abs().clamp_min(SMALLEST)
+        return losses / first, 1 / first
+    return losses, torch.ones_like(losses)
