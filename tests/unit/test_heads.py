@@ -41,10 +41,7 @@ def test_mlp_is_as_wide_as_the_feature_by_default():
 
 def test_mlp_with_several_widths_and_dropout():
     head = MLP({"pool": 6}, AGE, hidden=[5, 4], dropout=0.5)
-    assert modules(head) == ["Dropout", "Linear", "ReLU", "Dropout", "Linear", "ReLU"] + [
-        "Dropout",
-        "Linear",
-    ]
+    assert modules(head) == ["Dropout", "Linear", "ReLU"] * 2 + ["Dropout", "Linear"]
     assert head.layers[-1].weight.shape == (1, 4)
 
 
