@@ -1,0 +1,437 @@
+"""Checks a composed config as a whole, before torch is imported, and writes it as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import mtl_cli
+from mtl_cli.allow import NODES, refuse
+from mtl_cli.errors import ConfigError, SafetyError, nearest
+from mtl_cli.metric_names import METRICS
+from mtl_cli.schema import GROUPS, INJECTED, OUTPUT, ROOT, TYPES, outside
+from mtl_cli.signature import Signature, fits, signature
+
+if TYPE_CHECKING:
+    from mtl_cli.compose import Composed
+
+ROOT_CONFIG = "train"
+SECRET = re.compile(r"token|secret|password|passwd|api_?key", re.IGNORECASE)
+REDACTED = "REDACTED"
+HYDRA_NODES = ("callbacks", "job_logging", "hydra_logging", "launcher", "sweeper", "searchpath")
+
+
+class Unsafe(str):
+    """A problem that is refused for safety: exit 9 instead of 2."""
+
+    __slots__ = ()
+
+
+def conf_dir() -> Path:
+    """Directory of the shipped config: inside a wheel, or beside the package in a checkout."""
+    package = Path(mtl_cli.__file__).resolve().parent
+    for place in (package / "conf", package.parent / "conf"):
+        if (place / f"{ROOT_CONFIG}.yaml").is_file():
+            return place
+    raise ConfigError(f"{package}/conf: no {ROOT_CONFIG}.yaml; install mtl-cli again")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file as plain values.
+
+    Raises:
+        ConfigError: it cannot be read or is not a mapping; names line and column.
+    """
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: {error.problem}; correct the YAML") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: not a mapping of keys (found {type(raw).__name__})")
+    return {str(key): value for key, value in raw.items()}
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise every problem at once, if there are any.
+
+    Raises:
+        SafetyError: one of them is refused for safety (exit 9).
+        ConfigError: there are only others (exit 2).
+    """
+    unique = list(dict.fromkeys(problems))
+    if any(isinstance(problem, Unsafe) for problem in problems):
+        raise SafetyError("\n".join(unique))
+    if unique:
+        raise ConfigError(unique)
+
+
+def check(cfg: DictConfig, composed: Composed | None = None) -> list[str]:
+    """Find every problem of a composed config: keys, types, ranges, components, tasks, safety.
+
+    Args:
+        cfg: the tree, normalised or not.
+        composed: where it came from, for the names of files; None for a saved config.
+
+    Returns:
+        one line per problem; those that are :class:`Unsafe` end in exit 9.
+    """
+    return _Check(cfg, composed).problems()
+
+
+class _Check:
+    """One pass over one tree."""
+
+    def __init__(self, cfg: DictConfig, composed: Composed | None) -> None:
+        self.composed = composed
+        self.found: list[str] = []
+        self.tree: dict[str, Any] = self._resolve(cfg)
+
+    def problems(self) -> list[str]:
+        """All problems, in the order of the tree."""
+        for key in self.tree:
+            if key not in ROOT:
+                self._say(key, f"unknown key '{key}'{nearest(key, ROOT)}")
+        for key in TYPES:
+            self._typed(key)
+        for node in GROUPS:
+            if node in NODES and isinstance(self.tree.get(node), dict):
+                self._node(node, self.tree[node])
+        self._node_keys("precision", self.tree.get("precision"))
+        self._stray_targets("", self.tree)
+        self._tasks("", self.tree)
+        self._stages()
+        self._ranged()
+        self._hydra()
+        return self.found
+
+    def _say(self, key: str, text: str, *, unsafe: bool = False) -> None:
+        source = self.composed.origin(key) if self.composed else ""
+        text = f"{source}: {text}" if source else text
+        if text not in self.found:
+            self.found.append(Unsafe(text) if unsafe else text)
+
+    def _resolve(self, cfg: DictConfig) -> dict[str, Any]:
+        """Plain values with interpolations resolved; what cannot be resolved is a problem."""
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(raw, dict)
+        tree: dict[str, Any] = {str(k): v for k, v in raw.items()}
+        for path, value in list(_leaves(tree)):
+            if value == "???":
+                self._say(path, f"{path}: needs a value; add {path}=...")
+            elif isinstance(value, str) and "${" in value:
+                try:
+                    _put(tree, path, OmegaConf.select(cfg, path))
+                except (OmegaConfBaseException, RecursionError) as error:
+                    reason = str(error).strip().splitlines()[:1] or ["it refers to itself"]
+                    self._say(path, f"{path}: cannot be resolved (found {value}: {reason[0]})")
+        return tree
+
+    def _typed(self, key: str) -> None:
+        """Type, range and choice of a key that every run has."""
+        value = _get(self.tree, key)
+        if value is _ABSENT or value == "???":
+            return
+        if not fits(value, TYPES[key]):
+            self._say(key, f"{key}: wrong type (found {value!r}, expected {_words(TYPES[key])})")
+
+    def _ranged(self) -> None:
+        for path, value in _leaves(self.tree, lists=True):
+            if expected := outside(path, value):
+                self._say(path, f"{path}: out of range (found {value}, expected {expected})")
+
+    def _node(self, node: str, value: Mapping[str, Any]) -> None:
+        """A declared node: one component, or one per output under heads and losses."""
+        if node not in {"heads", "losses"}:
+            self._component(node, value)
+            return
+        for name, part in value.items():
+            if isinstance(part, dict):
+                self._component(f"{node}.{name}", part)
+            else:
+                self._say(f"{node}.{name}", f"{node}.{name}: not a component (found {part!r})")
+
+    def _component(self, node: str, value: Mapping[str, Any]) -> None:
+        """Target, unknown, missing and mistyped arguments of one component."""
+        target = value.get("_target_")
+        if target is None:
+            self._node_keys(node, value)
+            return
+        if refusal := refuse(node, target):
+            self._say(f"{node}._target_", refusal, unsafe=not _is_typo(node, target))
+            return
+        for name, part in value.items():
+            if isinstance(part, dict) and "_target_" in part:
+                self._component(f"{node}.{name}", part)
+        shape = signature(str(target))
+        if shape is None:
+            self._node_keys(node, value)
+            return
+        self._arguments(node, value, shape)
+
+    def _arguments(self, node: str, value: Mapping[str, Any], shape: Signature) -> None:
+        injected = INJECTED.get(node.split(".")[0], frozenset())
+        schema = self._schema(node)
+        names = {name for name in shape.parameters if name not in injected} | set(schema)
+        for name, given in value.items():
+            path = f"{node}.{name}"
+            if name == "_target_" or path in TYPES:
+                continue
+            if name not in names and not shape.open:
+                self._unknown(node, name, names)
+            elif name in shape.parameters and not _open(given):
+                annotation = shape.parameters[name].annotation
+                if not fits(given, annotation):
+                    self._say(
+                        path, f"{path}: wrong type (found {given!r}, expected {_words(annotation)})"
+                    )
+        for name, parameter in shape.parameters.items():
+            if parameter.required and name not in injected and name not in value:
+                self._say(node, f"{node}: {shape.name} needs '{name}'; add {node}.{name}=...")
+
+    def _node_keys(self, node: str, value: Any) -> None:
+        """Keys of a node without a class: its option's YAML is the schema."""
+        schema = self._schema(node)
+        if not isinstance(value, dict) or not schema:
+            return
+        for name, given in value.items():
+            path, default = f"{node}.{name}", schema.get(name)
+            if name not in schema:
+                self._unknown(node, name, schema)
+            elif default is not None and path not in TYPES and not fits(given, type(default).__name__):
+                kind = type(default).__name__
+                self._say(path, f"{path}: wrong type (found {given!r}, expected {_words(kind)})")
+
+    def _unknown(self, node: str, name: str, names: Mapping[str, Any] | set[str]) -> None:
+        known = sorted(n for n in names if not n.startswith("_"))
+        hint = nearest(name, known) or f" ({node} has {', '.join(known) or 'no arguments'})"
+        self._say(f"{node}.{name}", f"unknown key '{node}.{name}'{hint}")
+
+    def _schema(self, node: str) -> dict[str, Any]:
+        return self.composed.schemas.get(node, {}) if self.composed else {}
+
+    def _stray_targets(self, path: str, value: Any) -> None:
+        """Refuse a ``_target_`` outside the declared nodes, at any depth."""
+        if isinstance(value, list):
+            for index, part in enumerate(value):
+                self._stray_targets(f"{path}.{index}", part)
+        if not isinstance(value, dict):
+            return
+        if "_target_" in value and (refusal := refuse(path, value["_target_"])):
+            self._say(f"{path}._target_", refusal, unsafe=not _is_typo(path, value["_target_"]))
+        for name, part in value.items():
+            inner = f"{path}.{name}" if path else str(name)
+            inner = re.sub(r"^schedule\.stages\.[^.]+\.(resolved\.)?", "", inner)
+            self._stray_targets(inner, part)
+
+    def _tasks(self, where: str, tree: Mapping[str, Any]) -> None:
+        """Heads, losses and metrics against the declared outputs."""
+        task = tree.get("task")
+        if not isinstance(task, dict):
+            self._say("task", f"{where}task: not a task (found {task!r})")
+            return
+        for key in task:
+            if key not in {"name", "outputs", "metrics"}:
+                hint = nearest(key, ("name", "outputs", "metrics"))
+                self._say(f"task.{key}", f"{where}unknown key 'task.{key}'{hint}")
+        outputs = task.get("outputs")
+        if not isinstance(outputs, dict) or not outputs:
+            self._say("task.outputs", f"{where}task.outputs: empty (expected at least one output)")
+            return
+        for name, output in outputs.items():
+            self._output(f"{where}task.outputs.{name}", output)
+        for node in ("heads", "losses"):
+            self._match(where, node, tree.get(node) or {}, outputs)
+        self._metrics(where, task.get("metrics") or {}, outputs)
+
+    def _output(self, where: str, output: Any) -> None:
+        if not isinstance(output, dict):
+            self._say(where, f"{where}: not an output (found {output!r}, expected {{kind: ...}})")
+            return
+        for key, value in output.items():
+            if key not in OUTPUT:
+                self._say(where, f"unknown key '{where}.{key}'{nearest(key, OUTPUT)}")
+            elif not fits(value, OUTPUT[key]):
+                self._say(
+                    where,
+                    f"{where}.{key}: wrong type (found {value!r}, expected {_words(OUTPUT[key])})",
+                )
+        kind, classes = output.get("kind"), output.get("classes")
+        if kind not in METRICS:
+            expected = ", ".join(METRICS)
+            hint = nearest(str(kind), METRICS)
+            self._say(where, f"{where}.kind: not a kind (found {kind}, expected {expected}){hint}")
+        elif kind in {"multiclass", "multilabel"} and not classes:
+            self._say(where, f"{where}: {kind} needs its classes; add classes: [...]")
+        elif kind == "binary" and classes and len(classes) != 2:
+            self._say(where, f"{where}.classes: wrong number (found {len(classes)}, expected 2)")
+        if isinstance(classes, list) and len({str(c) for c in classes}) < len(classes):
+            self._say(where, f"{where}.classes: a name twice (found {classes})")
+        if isinstance(output.get("scale"), (int, float)) and output["scale"] <= 0:
+            self._say(where, f"{where}.scale: out of range (found {output['scale']}, expected > 0)")
+
+    def _match(
+        self, where: str, node: str, parts: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> None:
+        """One head and one loss per output, of a class that takes its kind."""
+        for name in parts:
+            if name not in outputs:
+                self._say(
+                    f"{node}.{name}",
+                    f"{where}{node}.{name}: task has no '{name}' (has {', '.join(outputs)})",
+                )
+        for name, output in outputs.items():
+            if name not in parts:
+                one = {"heads": "head", "losses": "loss"}[node]
+                self._say(node, f"{where}{node}: output '{name}' has no {one}; add {node}.{name}=NAME")
+                continue
+            part, kind = parts[name], output.get("kind") if isinstance(output, dict) else None
+            target = part.get("_target_") if isinstance(part, dict) else None
+            shape = None if target is None or refuse(node, target) else signature(str(target))
+            kinds = shape.attributes.get("kinds") if shape else None
+            if shape and kind in METRICS and kinds and kind not in kinds:
+                self._say(
+                    f"{node}.{name}",
+                    f"{where}{node}.{name}: {shape.name} does not fit a {kind} output "
+                    f"(expected {' or '.join(kinds)}); choose another with {node}.{name}=NAME",
+                )
+
+    def _metrics(self, where: str, metrics: Any, outputs: Mapping[str, Any]) -> None:
+        if not isinstance(metrics, dict):
+            self._say("task.metrics", f"{where}task.metrics: not a mapping (found {metrics!r})")
+            return
+        for name, chosen in metrics.items():
+            path = f"{where}task.metrics.{name}"
+            if name not in outputs:
+                self._say(path, f"{path}: task has no '{name}' (has {', '.join(outputs)})")
+                continue
+            kind = outputs[name].get("kind") if isinstance(outputs[name], dict) else None
+            known = METRICS.get(str(kind), {})
+            if not isinstance(chosen, list):
+                self._say(path, f"{path}: not a list (found {chosen!r}, expected [{', '.join(known)}])")
+                continue
+            for metric in chosen:
+                if known and metric not in known:
+                    self._say(
+                        path,
+                        f"{path}: no metric '{metric}' for a {kind} output "
+                        f"(expected {', '.join(known)}){nearest(str(metric), known)}",
+                    )
+
+    def _stages(self) -> None:
+        """Keys of the stages, and the tasks that they bring along."""
+        schedule = self.tree.get("schedule")
+        stages = schedule.get("stages") if isinstance(schedule, dict) else None
+        if not isinstance(stages, dict):
+            return
+        known = {"resolved"}
+        for stage in (self._schema("schedule").get("stages") or {}).values():
+            known |= set(stage or ())
+        for name, stage in stages.items():
+            where = f"schedule.stages.{name}"
+            if not isinstance(stage, dict):
+                continue
+            for key in stage:
+                if len(known) > 1 and key not in known:
+                    self._unknown(where, key, known - {"resolved"})
+            resolved = stage.get("resolved")
+            if isinstance(resolved, dict):
+                for node in ("data", "heads", "losses"):
+                    self._node(node, resolved.get(node) or {})
+                self._tasks(f"{where}: ", resolved)
+
+    def _hydra(self) -> None:
+        """Hydra's own nodes run code before the program starts: only the shell may set them."""
+        if self.composed is None:
+            return
+        typed = [text.lstrip("+~").replace("/", ".") for text in self.composed.overrides]
+        for node in HYDRA_NODES:
+            if any(text.startswith(f"hydra.{node}") for text in typed):
+                continue
+            if self.composed.hydra_changed(node):
+                self._say(
+                    f"hydra.{node}",
+                    f"hydra.{node}: set by a file; type it on the command line if you mean it",
+                    unsafe=True,
+                )
+
+
+_ABSENT: Any = object()
+
+
+def _get(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    node[int(last) if isinstance(node, list) else last] = plain
+
+
+def _leaves(tree: Any, path: str = "", *, lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every leaf; lists are leaves if asked, else entered."""
+    if isinstance(tree, dict) and (tree or not path):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key), lists=lists)
+    elif isinstance(tree, list) and not lists:
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{index}", lists=lists)
+    else:
+        yield path, tree
+
+
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted path -> plain value of every leaf, lists whole, interpolations as written."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    return dict(_leaves(raw, lists=True))
+
+
+def _open(value: Any) -> bool:
+    return value == "???" or (isinstance(value, dict) and "_target_" in value)
+
+
+def _is_typo(node: str, target: object) -> bool:
+    """A name of our own package that does not exist: a mistake, not an attack."""
+    prefixes = NODES.get(node.split(".")[0], ())
+    return isinstance(target, str) and any(target.startswith(prefix) for prefix in prefixes)
+
+
+def _words(annotation: str) -> str:
+    """An annotation as people say it."""
+    text = re.sub(r"Sequence\[(.+?)\]", r"list of \1", annotation)
+    text = re.sub(r"Mapping\[\w+, (.+?)\]|dict\[\w+, (.+?)\]", r"mapping to \1", text)
+    for name, word in {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}.items():
+        text = re.sub(rf"\b{name}\b", word, text)
+    return text.replace("None", "null").replace(" | ", " or ")
+
+
+def to_text(cfg: DictConfig) -> str:
+    """The config as YAML: interpolations resolved except the environment's, secrets redacted."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    tree: dict[str, Any] = {str(k): v for k, v in raw.items()}
+    for path, value in list(_leaves(tree)):
+        if SECRET.search(path.rpartition(".")[2]) and value is not None:
+            _put(tree, path, REDACTED)
+        elif isinstance(value, str) and "${" in value and "oc.env" not in value:
+            _put(tree, path, OmegaConf.select(cfg, path))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))

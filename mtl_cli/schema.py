@@ -1,0 +1,118 @@
+"""Types and ranges of the keys that every run has; components have theirs in their own YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TYPES: dict[str, str] = {
+    "epochs": "int",
+    "seed": "int",
+    "run_name": "str | None",
+    "output_dir": "str",
+    "resume": "str | None",
+    "init_from": "str | None",
+    "only": "str | Sequence[str] | None",
+    "device": "str",
+    "accumulate": "int",
+    "clip_norm": "float | None",
+    "deterministic": "bool | None",
+    "save_every_steps": "int | None",
+    "log_every_steps": "int",
+    "best_by": "str | None",
+    "patience": "int | None",
+    "on_nonfinite": "str",
+    "display": "str",
+    "ema.decay": "float | None",
+    "freeze": "Sequence[str]",
+    "lr_mult": "Mapping[str, float]",
+    "layer_decay": "float | None",
+    "unfreeze_at": "Mapping[str, float]",
+    "data.root": "str | None",
+    "data.table": "str | None",
+    "data.image_size": "int | Sequence[int]",
+    "data.batch_size": "int",
+    "data.workers": "int | str | None",
+    "data.limit": "int | None",
+    "data.fraction": "float | None",
+    "data.split_seed": "int",
+    "data.cache_dir": "str | None",
+    "precision.init_scale": "float",
+    "precision.growth_interval": "int",
+    "optimizer.lr": "float",
+    "optimizer.weight_decay": "float",
+    "optimizer.betas": "Sequence[float]",
+}
+RANGES: dict[str, str] = {
+    "epochs": ">= 1",
+    "seed": ">= 0",
+    "accumulate": ">= 1",
+    "clip_norm": "> 0",
+    "save_every_steps": ">= 1",
+    "log_every_steps": ">= 1",
+    "patience": ">= 1",
+    "ema.decay": "> 0 and < 1",
+    "layer_decay": "> 0 and <= 1",
+    "data.image_size": ">= 8",
+    "data.batch_size": ">= 1",
+    "data.workers": ">= 0",
+    "data.limit": ">= 1",
+    "data.fraction": "> 0 and <= 1",
+    "data.split_seed": ">= 0",
+    "precision.init_scale": "> 0",
+    "precision.growth_interval": ">= 1",
+    "optimizer.lr": "> 0",
+    "optimizer.weight_decay": ">= 0",
+    "optimizer.momentum": ">= 0 and < 1",
+    "lr.warmup": ">= 0 and < 1",
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "on_nonfinite": ("skip", "stop"),
+    "display": ("auto", "rich", "plain"),
+    "precision.dtype": ("auto", "fp32", "bf16", "fp16"),
+}
+# Nodes that groups of options fill.
+GROUPS = (
+    "backbone", "task", "data", "heads", "losses", "weighting", "schedule", "optimizer", "lr",
+    "precision", "augment", "logger", "experiment", "debug",
+)  # fmt: skip
+ROOT = frozenset(key.split(".")[0] for key in TYPES) | frozenset(GROUPS)
+OUTPUT: dict[str, str] = {
+    "kind": "str",
+    "unit": "str | None",
+    "classes": "Sequence[str | int] | None",
+    "center": "float | None",
+    "scale": "float | None",
+    "column": "str | None",
+}
+# Constructor parameters that build fills in; never written in YAML.
+INJECTED: dict[str, frozenset[str]] = {
+    "weighting": frozenset({"objectives", "seed"}),
+    "heads": frozenset({"channels", "task"}),
+    "losses": frozenset({"task"}),
+    "optimizer": frozenset({"params"}),
+}
+# Keys whose values are text even where they look like numbers: run_name=007.
+TEXT = frozenset(
+    {"run_name", "output_dir", "resume", "init_from", "best_by", "data.root", "data.table", "data.cache_dir"}
+)  # fmt: skip
+
+
+def outside(key: str, value: Any) -> str | None:
+    """What the documentation expects of ``key`` if ``value`` breaks it, else None."""
+    if key in CHOICES and value not in CHOICES[key]:
+        return " | ".join(CHOICES[key])
+    if key not in RANGES or value is None or isinstance(value, (str, bool)):
+        return None
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return None if all(_within(RANGES[key], v) for v in values) else RANGES[key]
+
+
+def _within(condition: str, value: Any) -> bool:
+    compare = {
+        ">=": lambda a, b: a >= b,
+        ">": lambda a, b: a > b,
+        "<=": lambda a, b: a <= b,
+        "<": lambda a, b: a < b,
+    }
+    parts = (part.split() for part in condition.split(" and "))
+    return all(compare[sign](value, float(bound)) for sign, bound in parts)
