@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -202,9 +204,6 @@ class Weighting(nn.Module):
 class LossWeighting(Weighting):
     """Scalarises the loss vector; costs one joint step.
 
-    Args:
-        lr_mult: learned scalars step with the model's learning rate times this.
-
     Class attributes:
         affine: the weights dF/dL do not depend on L, so :meth:`weights` knows them beforehand.
             Non-affine strategies leave :meth:`weights` at None; the engine first reduces the
@@ -337,6 +336,12 @@ class GramianWeighting(Weighting):
             weights[alive] = found
         self.last_weights[present] = weights
         return weights
+
+    def checked(self, found: tuple[npt.NDArray[np.float64], bool]) -> Tensor:
+        """A solver's weights as a tensor; counts a fallback where the solver was not certain."""
+        weights, certain = found
+        self.fallbacks += not certain
+        return torch.from_numpy(weights)
 
     def observe_rows(
         self, rows: list[list[Tensor]], present: Tensor, losses: Tensor, step: int

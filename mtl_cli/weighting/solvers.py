@@ -1,0 +1,303 @@
+"""Exact K x K problems in float64: the algebra behind the Gramian strategies.
+
+Every solver first divides the rows by their lengths (C = D G D has a unit diagonal) and undoes it
+analytically, so that tolerances are relative and a factor 1e6 between rows costs no digits. None
+raises on degenerate input; where the answer is not certain, the second result is False.
+"""
+
+# K rows, M right-hand sides; G [K, K] Gramian, C [K, K] Gramian of unit rows, w [K] row weights
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+EPS = float(np.finfo(np.float64).eps)
+RANK_TOLERANCE = 1e-10  # eigenvalues of C below this share of the largest count as zero
+
+
+def unit_rows(gramian: Array) -> tuple[Array, Array, Array]:
+    """Gramian of the unit rows, lengths and inverse lengths (0 for a zero row)."""
+    length = np.sqrt(np.clip(gramian.diagonal(), 0, None))
+    inverse = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
+    return gramian * inverse[:, None] * inverse, length, inverse
+
+
+def project_simplex(point: Array) -> Array:
+    """Euclidean projection onto the probability simplex (sort and threshold)."""
+    falling = np.sort(point)[::-1]
+    excess = (np.cumsum(falling) - 1) / np.arange(1, len(point) + 1)
+    last = int(np.nonzero(falling > excess)[0][-1])
+    return np.clip(point - excess[last], 0, None)
+
+
+def pseudo_inverse_ones(c: Array) -> Array:
+    """C^+ 1, with eigenvalues below the rank tolerance taken as zero."""
+    values, vectors = np.linalg.eigh(c)
+    kept = values > RANK_TOLERANCE * values[-1]
+    basis = vectors[:, kept]
+    result: Array = basis @ (basis.sum(0) / values[kept])
+    return result
+
+
+def complementarity(h: Array, q: Array) -> tuple[Array, bool]:
+    """Solve x >= 0, Hx + q >= 0, x.(Hx + q) = 0, the optimum of 1/2 x.Hx + q.x over x >= 0.
+
+    Block principal pivoting on all right-hand sides at once (Judice & Pires 1994, the rule that
+    falls back to single pivots); an active set (Lawson & Hanson 1974, ch. 23) where H is singular
+    on the way.
+
+    Args:
+        h: [K, K] symmetric positive semidefinite, diagonal near 1.
+        q: [K, M].
+
+    Returns:
+        x [K, M], and whether the conditions hold to rounding.
+    """
+    scale = np.abs(q).max(0)
+    scale[scale == 0] = 1
+    q = q / scale
+    x = _block_pivot(h, q)
+    if x is not None:
+        return x * scale, True
+    columns = [_active_set(h, -q[:, m]) for m in range(q.shape[1])]
+    x = np.stack(columns, 1)
+    slack = h @ x + q
+    tolerance = 1e-8 * (1 + np.abs(x).max(0))
+    certain = bool((slack > -tolerance).all() and (np.abs(slack * x) < tolerance * (1 + x)).all())
+    return x * scale, certain
+
+
+def _block_pivot(h: Array, q: Array) -> Array | None:
+    """Exchange all infeasible variables at once; None if H proves singular or rounds too far."""
+    k, m = q.shape
+    passive = q.T < 0  # [M, K]
+    fewest = np.full(m, k + 1)
+    chances = np.full(m, 3)
+    identity = np.eye(k)
+    for _ in range(8 + 4 * k):
+        x, slack = _on_support(h, q, passive, identity)
+        if x is None or (largest := np.abs(x).max()) > 1e7:
+            return None
+        tolerance = 64 * EPS * k * (1 + largest)
+        wrong = np.where(passive, x, slack) < -tolerance
+        count = wrong.sum(1)
+        if not count.any():
+            return np.clip(x, 0, None).T
+        better = count < fewest
+        fewest = np.where(better, count, fewest)
+        chances = np.where(better, 3, chances - 1)
+        last = k - 1 - wrong[:, ::-1].argmax(1)
+        single = (chances < 0) & (count > 0)
+        wrong[single] = False
+        wrong[single, last[single]] = True
+        passive ^= wrong
+    return None
+
+
+def _on_support(
+    h: Array, q: Array, passive: npt.NDArray[np.bool_], identity: Array
+) -> tuple[Array | None, Array]:
+    """x [M, K] with (Hx + q) = 0 on the passive set and x = 0 outside; slack Hx + q."""
+    try:
+        if len(passive) == 1:
+            x = np.zeros_like(q.T)
+            on = np.flatnonzero(passive[0])
+            if len(on):
+                x[0, on] = np.linalg.solve(h[np.ix_(on, on)], -q[on, 0])
+        else:
+            both = passive[:, :, None] & passive[:, None, :]
+            system = np.where(both, h, identity)
+            x = np.linalg.solve(system, np.where(passive, -q.T, 0)[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        return None, q.T
+    return x, x @ h + q.T
+
+
+def _active_set(h: Array, c: Array) -> Array:
+    """Minimise 1/2 x.Hx - c.x over x >= 0 by adding one variable at a time; H may be singular."""
+    x = np.zeros_like(c)
+    passive = np.zeros(len(c), dtype=bool)
+    for _ in range(3 * len(c)):
+        slope = np.where(passive, -np.inf, c - h @ x)
+        entering = int(slope.argmax())
+        if slope[entering] <= 1e-12 * (1 + np.abs(x).max()):
+            break
+        passive[entering] = True
+        for _ in range(len(c)):
+            on = np.flatnonzero(passive)
+            z = np.linalg.lstsq(h[np.ix_(on, on)], c[on], rcond=1e-13)[0]
+            if z.min() > 0:
+                x[:] = 0
+                x[on] = z
+                break
+            leaving = z <= 0
+            room = x[on][leaving] / np.maximum(x[on][leaving] - z[leaving], EPS)
+            x[on] += room.min() * (z - x[on])
+            passive[on[(x[on] <= EPS * np.abs(x).max()) & leaving]] = False
+            if not passive[on[leaving]].any() and not passive.any():
+                break
+        x[~passive] = 0
+    return x
+
+
+def min_norm(gramian: Array) -> tuple[Array, bool]:
+    """Weights on the simplex that minimise w.Gw.
+
+    The optimum of w.Gw + k (1 - sum w)^2 over w >= 0 is proportional to it for every k > 0; k is
+    the shortest row squared, and the support found is solved again without the penalty.
+    """
+    c, length, inverse = unit_rows(gramian)
+    if length.min() == 0:
+        return (length == 0) / (length == 0).sum(), True
+    ratio = length.min() * inverse  # 1 for the shortest row
+    h = c + np.outer(ratio, ratio)
+    diagonal = 1 / np.sqrt(h.diagonal())
+    x, certain = complementarity(h * np.outer(diagonal, diagonal), -(diagonal * ratio)[:, None])
+    u = x[:, 0] * diagonal  # weights of the unit rows
+    on = u > 0
+    if on.any():
+        u[on] = _resolve(c[np.ix_(on, on)], ratio[on], u[on])
+    w = u * ratio
+    if not w.sum() > 0:
+        return np.full(len(w), 1 / len(w)), False
+    return w / w.sum(), certain
+
+
+def _resolve(c: Array, right: Array, found: Array) -> Array:
+    """C^-1 r if it is positive and well determined, else what was found before."""
+    try:
+        z = np.linalg.solve(c, right)
+    except np.linalg.LinAlgError:
+        return found
+    return z if (z > 0).all() and z.max() < 1e7 * right.max() else found
+
+
+def project_rows(gramian: Array, preference: Array) -> tuple[Array, bool]:
+    """Sum of the rows, each projected onto the cone of the directions that harm no row.
+
+    In unit rows, the projection of row i adds the y >= 0 that minimises 1/2 y.Cy + C_i.y: K
+    problems with one matrix, each linear in the length of its row.
+
+    Args:
+        gramian: [K, K].
+        preference: [K] weight of each row before its projection.
+    """
+    c, length, inverse = unit_rows(gramian)
+    if (c >= 0).all():
+        return preference.copy(), True
+    conflicting = (c < 0).any(0)
+    y, certain = complementarity(c, c[:, conflicting])
+    added: Array = y @ (preference * length)[conflicting]
+    return preference + inverse * added, certain
+
+
+def project_sum(gramian: Array, preference: Array) -> tuple[Array, bool]:
+    """The preferred combination of the rows, projected onto the cone that harms no row."""
+    c, length, inverse = unit_rows(gramian)
+    q = c @ (preference * length)
+    if (q >= 0).all():
+        return preference.copy(), True
+    y, certain = complementarity(c, q[:, None])
+    return preference + inverse * y[:, 0], certain
+
+
+def balance(gramian: Array, alpha: float) -> tuple[Array, bool]:
+    """The w > 0 with Gw = w^(-1/alpha): Nash bargaining for alpha = 1, alpha-fairness else.
+
+    It is the minimum of 1/2 w.Gw - sum psi(w), psi' = w^(-1/alpha), strictly convex: damped
+    Newton from the answer for orthogonal rows. Where a positive combination of the rows vanishes
+    there is none; a ridge of 1e-6 then bounds it (second result False).
+    """
+    c, length, _ = unit_rows(gramian)
+    exponent = (1 - alpha) / (1 + alpha)
+    top = length.max()
+    relative = length / top
+    target = relative ** (2 * exponent)  # w = length^(-2a/(1+a)) v turns G into c_i c_j C, c = l^e
+    h = c * np.outer(np.sqrt(target), np.sqrt(target))
+    v = _newton(h, target, alpha)
+    certain = v is not None
+    if v is None:
+        v = _newton(h + 1e-6 * np.diag(target), target, alpha)
+    if v is None:
+        v = np.ones_like(length)
+    return v * length ** (-2 * alpha / (1 + alpha)), certain
+
+
+def _newton(h: Array, target: Array, alpha: float) -> Array | None:
+    """Minimise 1/2 v.Hv - sum t psi(v) over v > 0; None if it runs away or stalls."""
+    v = np.ones_like(target)
+    residual = np.inf
+    for _ in range(100):
+        force = target * v ** (-1 / alpha)
+        gradient = h @ v - force
+        previous, residual = residual, float(np.abs(gradient / force).max())
+        if residual < 1e-13 or (residual < 1e-9 and residual > 0.5 * previous):
+            return v
+        if not v.max() < 1e7:
+            return None
+        curvature = h + np.diag(force / (alpha * v))
+        try:
+            step = -np.linalg.solve(curvature, gradient)
+        except np.linalg.LinAlgError:
+            return None
+        decrement = float(np.sqrt(max(-(gradient @ step), 0.0)))
+        relative = float(np.abs(step / v).max()) * max(1.0, (1 + 1 / alpha) / 2)
+        damping = 1.0 if relative < 0.25 else max(1 / (1 + relative), 1 / (1 + decrement))
+        shrink = float((step / v).min())
+        v = v + min(damping, 0.9 / -shrink if shrink < 0 else 1.0) * step
+    return v if residual < 1e-7 else None
+
+
+def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
+    """The w on the simplex that minimises w.Gp + s sqrt(w.Gw), p = 1/K, s = c sqrt(p.Gp).
+
+    With t = |x| / s the optimum x = J.w is the point of the rows' hull nearest to -t g0: a
+    min-norm problem. On its support |x(t)|^2 = 1/A + t^2 b, so t follows in closed form; the
+    support is found again until it stays, inside a bracket that always shrinks.
+
+    Returns:
+        w [K], the factor s / |x| (0 where x or g0 vanishes), and whether the optimum is certain.
+    """
+    k = len(gramian)
+    top = float(gramian.diagonal().max())
+    uniform = np.full(k, 1 / k)
+    g = gramian / top
+    q = g @ uniform
+    mean = float(uniform @ q)
+    if mean <= 1e-20 or c == 0:
+        return uniform, 0.0, c == 0
+    s = c * np.sqrt(mean)
+    low, high, t = 0.0, 2.0 / s, np.sqrt(mean) / s
+    w, certain = uniform, True
+    for _ in range(100):
+        w, certain = min_norm(g + t * (q[:, None] + q) + t * t * mean)
+        size = float(np.sqrt(max(w @ g @ w, 0.0)))
+        if size > s * t:
+            low = t
+        else:
+            high = t
+        following = _on_piece(g, q, w, s)
+        if high - low <= 4 * EPS * high or abs(following - t) <= 1e-14 * t:
+            break
+        t = following if low < following < high else (low + high) / 2
+    size = float(np.sqrt(max(w @ g @ w, 0.0)))
+    if size <= 1e-9:
+        return w, 0.0, False
+    return w, s / size, certain
+
+
+def _on_piece(g: Array, q: Array, w: Array, s: float) -> float:
+    """The t at which |x(t)| = s t on the support of w; nan if there is none."""
+    on = np.flatnonzero(w > 0)
+    try:
+        ones, bent = np.linalg.solve(
+            g[np.ix_(on, on)], np.stack([np.ones(len(on)), q[on]], 1)
+        ).T
+    except np.linalg.LinAlgError:
+        return float("nan")
+    a = ones.sum()
+    turn = ones * (bent.sum() / a) - bent
+    room = s * s - turn @ g[np.ix_(on, on)] @ turn
+    return float(1 / np.sqrt(a * room)) if a > 0 and room > 0 else float("nan")
