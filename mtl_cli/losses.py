@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -260,7 +261,7 @@ class MultilabelBCE(Loss):
         self,
         task: Task,
         pos_weight: float | Sequence[float] | None = None,
-        over_labels: str = "mean",
+        over_labels: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__(task)
         if over_labels not in ("mean", "sum"):
