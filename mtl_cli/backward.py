@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mtl_cli import dist
 from mtl_cli.model import MultiTaskModel
 from mtl_cli.precision import LossScale
-from mtl_cli.routes import CutRoute, RowsRoute, StepReport, SumRoute, Update
+from mtl_cli.routes import CutRoute, RowsRoute, StepReport, SumRoute, Update, overflow
 from mtl_cli.schedule.base import Turn
 from mtl_cli.task import Objective
 from mtl_cli.weighting.base import (
@@ -31,8 +31,6 @@ from mtl_cli.weighting.base import (
     LossWeighting,
     Weighting,
 )
-
-DEAD_ROW = 1e-12  # a row shorter than this share of the longest one carries no direction
 
 
 class BackwardEngine:
@@ -81,10 +79,15 @@ class BackwardEngine:
         self.tasks = tuple(dict.fromkeys(self.objectives[i].task for i in self.present.tolist()))
         self.factors = self.priors[self.present] / counts[self.present, 0]
         device = next(self.model.parameters()).device
-        self.loss_sums = torch.zeros(len(self.present), dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.loss_sums = torch.zeros(len(self.present), dtype=dtype, device=device)
+        self.losses = self.loss_sums
         self.shared = self.model.shared_parameters()
-        known = self.weighting.weights(step, self.present) if len(self.present) else None
-        self.known = None if known is None else known.detach().double().cpu()
+        self.weights: Tensor | None = None  # of the strategy, [K]; None until they can be known
+        self.slopes = torch.ones_like(self.factors)  # of the loss transform, [K]
+        self.declared: Tensor | None = None
+        if len(self.present):
+            self._declare()
         self.route = self._route()
 
     def cut(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +112,7 @@ class BackwardEngine:
             sums[i] * float(factor)
             for i, factor in zip(self.present.tolist(), self.factors.tolist(), strict=True)
         ]
-        self.loss_sums += torch.stack([loss.detach().double() for loss in losses])
+        self.loss_sums += torch.stack([loss.detach().to(self.loss_sums.dtype) for loss in losses])
         self.route.add(features, leaves, losses)
 
     def finalize(self) -> StepReport:
@@ -117,23 +120,67 @@ class BackwardEngine:
         if not len(self.present):
             empty = torch.zeros(0, dtype=torch.float64)
             return StepReport(self.present, empty, empty, finite=True)
-        self.losses = dist.sum_(self.loss_sums).cpu()
-        if not bool(torch.isfinite(self.losses).all()) and not isinstance(self.route, SumRoute):
-            return StepReport(self.present, self.losses, torch.ones_like(self.losses), finite=False)
+        reduced = dist.sum_(self.loss_sums)
+        if not isinstance(self.route, SumRoute):  # the others need the losses for the weights
+            self.losses = reduced.double().cpu()
+            if not bool(torch.isfinite(self.losses).all()):
+                return overflow(self)
         report = self.route.close()
-        grads = [g for update in report.updates for g in update.grads]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else 0.0
-        report.grad_norm = float(norm)
-        healthy = torch.isfinite(torch.tensor(report.grad_norm)) & torch.isfinite(self.losses).all()
-        report.finite = report.finite and bool(healthy)
+        self._test(report, reduced)
         if report.finite:
+            report.weights = self.row_weights()
             report.updates += self._strategy_update()
         else:
             report.updates = []
         return report
 
-    def loss_weights(self, losses: Tensor) -> Tensor:
-        """dF/dL of a loss-level strategy at the global losses [K]."""
+    def _test(self, report: StepReport, losses: Tensor) -> None:
+        """Fetch losses and gradient norm in one transfer; a step is finite as a whole."""
+        grads = [g for update in report.updates for g in update.grads]
+        norms = torch._foreach_norm(grads) if grads else [losses.new_zeros(())]
+        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+        fetched = torch.cat([losses, norm.to(losses.dtype).view(1)]).double().cpu()
+        self.losses = report.losses = fetched[:-1]
+        report.grad_norm = float(fetched[-1])
+        report.finite = report.finite and bool(torch.isfinite(fetched).all())
+
+    def weigh(self, losses: Tensor, gramian: Tensor | None = None) -> None:
+        """Settle the weights from the global losses [K] and, if needed, the Gramian [K,K]."""
+        strategy = self.weighting
+        values, self.slopes = strategy.transformed(losses.double(), self.present)
+        if self.declared is not None:
+            self.weights = self.declared
+        elif isinstance(strategy, GramianWeighting):
+            assert gramian is not None
+            seen = gramian * torch.outer(self.slopes, self.slopes)
+            self.weights = strategy.rescale(
+                strategy.row_weights(seen, values, self.present, self.step)
+            )
+        elif isinstance(strategy, LossWeighting):
+            self.weights = strategy.rescale(self._loss_weights(values))
+        else:
+            self.weights = torch.ones_like(self.slopes)
+
+    def row_weights(self) -> Tensor:
+        """Factors [K] on the gradients of the (untransformed) losses in the shared part."""
+        assert self.weights is not None
+        return self.weights * self.slopes
+
+    def head_weights(self) -> Tensor:
+        """Factors [K] on the gradients of the (untransformed) losses in the heads."""
+        assert self.weights is not None
+        return self.weighting.head_weights(self.weights, self.present) * self.slopes
+
+    def _declare(self) -> None:
+        """Ask for weights that are known beforehand; a transform's slopes may still be open."""
+        declared = self.weighting.weights(self.step, self.present)
+        if declared is not None:
+            self.declared = self.weighting.rescale(declared.detach().double().cpu())
+            if self.weighting.transform == "identity":
+                self.weights = self.declared
+
+    def _loss_weights(self, losses: Tensor) -> Tensor:
+        """dF/dL of a loss-level strategy."""
         assert isinstance(self.weighting, LossWeighting)
         leaf = losses.detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -145,9 +192,9 @@ class BackwardEngine:
         parameters = [p for p in self.weighting.parameters() if p.requires_grad]
         if not parameters:
             return []
-        assert isinstance(self.weighting, LossWeighting)
+        values, _ = self.weighting.transformed(self.losses, self.present)
         with torch.enable_grad():
-            total = self.weighting.objective(self.losses.float(), self.present)
+            total = self.weighting.objective(values, self.present)  # type: ignore[operator]
             grads = torch.autograd.grad(total, parameters)
         return [Update("weighting", parameters, list(grads))]
 
@@ -156,38 +203,25 @@ class BackwardEngine:
         several = self.micro_batches > 1
         if self.turn.split or isinstance(strategy, GradientWeighting):
             return RowsRoute(self)
+        if self.weights is None and several:
+            return RowsRoute(self)  # weights come after the last micro-batch
         if isinstance(strategy, GramianWeighting):
-            if self.known is None and (strategy.wrt == "shared" or several):
+            if self.declared is None and strategy.wrt == "shared":
                 return RowsRoute(self)
-            uniform = self.known is not None and bool((self.known == 1).all())
-            if (
-                strategy.observe
-                or self.known is None
-                or not (strategy.heads == "weighted" or uniform)
-            ):
+            if strategy.observe or self.declared is None:
                 return CutRoute(self)
-            return SumRoute(self)
-        if self.known is None and several:
-            return RowsRoute(self)
-        return SumRoute(self)
+        uniform = self.weights is not None and bool((self.weights == 1).all())
+        return SumRoute(self) if strategy.heads == "weighted" or uniform else CutRoute(self)
 
-    def solve(self, gramian: Tensor) -> Tensor:
-        """Weights [K] from the Gramian [K,K]; rows without a direction are left out of it."""
-        assert isinstance(self.weighting, GramianWeighting)
-        length = gramian.diagonal().clamp(min=0).sqrt()
-        alive = length > DEAD_ROW * length.max()
-        if not bool(alive.any()):
-            return torch.ones_like(self.losses)
-        found = self.weighting.solve(
-            gramian[alive][:, alive], self.losses[alive], self.present[alive], self.step
-        ).double()
-        weights = torch.full_like(self.losses, float(found.mean()))
-        weights[alive] = found
-        return weights
+    def report(self, updates: list[Update], gramian: Tensor | None = None) -> StepReport:
+        """A route's result; the engine completes it after the finite test."""
+        return StepReport(
+            self.present, self.losses, self.losses, True, gramian=gramian, updates=updates
+        )
 
-    def head_weights(self, weights: Tensor) -> Tensor:
-        """Weights of the head gradients [K]: the objectives' own or 1, per paper."""
-        return weights if self.weighting.heads == "weighted" else torch.ones_like(weights)
+    def objectives_of(self, task: str) -> list[int]:
+        """Indices of a task's objectives, in the order of its loss's terms."""
+        return [i for i, o in enumerate(self.objectives) if o.task == task]
 
     def head_parameters(self, objective: int) -> list[nn.Parameter]:
         """Trainable parameters of the head that an objective trains."""

@@ -43,7 +43,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     for key, value in _leaves(state):
         if isinstance(value, Tensor):
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                if key.startswith("weighting") or key.startswith("meter"):
+                if key.startswith(("weighting", "meter")):
                     continue  # NaN marks "not yet known" in a strategy's state
                 raise NonFiniteError(
                     f"checkpoint: '{key}' holds NaN or infinity; not saved, the previous "
@@ -208,8 +208,26 @@ def find(run: Path, name: str = "best") -> Path:
     raise CheckpointError(f"{run}: no checkpoint (expected {run / 'checkpoints' / 'best.pt'})")
 
 
+def weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights to use from a checkpoint: the averaged ones where there are any."""
+    if state["ema"] is None:
+        return dict(state["model"])
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+
+
+def describe(loaded: list[str], missing: list[str], mismatched: list[str]) -> str:
+    """What :func:`load_weights` did, in one line."""
+    parts = [f"loaded {len(loaded)} of {len(loaded) + len(missing) + len(mismatched)} tensors"]
+    for word, names in (("missing", missing), ("of another shape", mismatched)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{len(names)} {word} ({', '.join(names[:3])}{more})")
+    return ", ".join(parts) + ("; the rest is newly initialised" if len(parts) > 1 else "")
+
+
 def load_weights(
-    module: torch.nn.Module, weights: Mapping[str, Tensor], source: str
+    module: torch.nn.Module, found: Mapping[str, Tensor], source: str
 ) -> tuple[list[str], list[str], list[str]]:
     """Copy the tensors that fit by name and shape.
 
@@ -220,14 +238,14 @@ def load_weights(
         CheckpointError: not one tensor fits.
     """
     own = module.state_dict()
-    mismatched = [n for n, t in own.items() if n in weights and weights[n].shape != t.shape]
-    loaded = [n for n in own if n in weights and n not in mismatched]
-    missing = [n for n in own if n not in weights]
+    mismatched = [n for n, t in own.items() if n in found and found[n].shape != t.shape]
+    loaded = [n for n in own if n in found and n not in mismatched]
+    missing = [n for n in own if n not in found]
     if not loaded:
         raise CheckpointError(f"{source}: none of its tensors fits this model")
     with torch.no_grad():
         for name in loaded:
-            own[name].copy_(weights[name])
+            own[name].copy_(found[name])
     return loaded, missing, mismatched
 
 

@@ -53,7 +53,7 @@ def setup(device: torch.device) -> None:
     if world() == 1 or td.is_initialized():
         return
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    store = td.TCPStore(
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world(),
@@ -63,7 +63,7 @@ def setup(device: torch.device) -> None:
     prefix = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'mtl')}/{attempt()}"
     td.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=td.PrefixStore(prefix, store),
+        store=torch.distributed.PrefixStore(prefix, store),  # type: ignore[attr-defined]
         rank=rank(),
         world_size=world(),
         timeout=timeout,
@@ -134,7 +134,7 @@ def sum_lists_(tensors: list[Tensor], bucket_bytes: int = 32 << 20) -> None:
 def _sum_bucket_(bucket: list[Tensor]) -> None:
     flat = torch.cat([t.flatten() for t in bucket])
     td.all_reduce(flat)
-    pieces = flat.split([t.numel() for t in bucket])
+    pieces = torch.split(flat, [t.numel() for t in bucket])
     torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(pieces, bucket, strict=True)])
 
 

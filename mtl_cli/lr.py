@@ -30,6 +30,7 @@ class Constant:
         self.warmup = warmup
 
     def __call__(self, t: float) -> float:
+        """Factor at progress ``t``."""
         return min(1.0, t / self.warmup) if self.warmup > 0 else 1.0
 
 
@@ -46,6 +47,7 @@ class Cosine:
         self.final = final
 
     def __call__(self, t: float) -> float:
+        """Factor at progress ``t``."""
         if t < self.warmup:
             return t / self.warmup
         return _cosine(1.0, self.final, (t - self.warmup) / (1 - self.warmup))
@@ -68,6 +70,7 @@ class Step:
         self.warmup = warmup
 
     def __call__(self, t: float) -> float:
+        """Factor at progress ``t``."""
         if t < self.warmup:
             return t / self.warmup
         return float(self.gamma ** sum(t >= m for m in self.milestones))
@@ -88,6 +91,7 @@ class OneCycle:
         self.final = final
 
     def __call__(self, t: float) -> float:
+        """Factor at progress ``t``."""
         if t < self.warmup:
             return _cosine(self.start, 1.0, t / self.warmup)
         return _cosine(1.0, self.final, (t - self.warmup) / (1 - self.warmup))

@@ -152,12 +152,14 @@ def format_table(rows: Iterable[ParamRow]) -> list[str]:
 
 def rename_rules(rules: ParamRules, only: set[str]) -> ParamRules:
     """Drop rules about heads of tasks that a stage does not have."""
-    gone = lambda name: name.startswith("heads.") and name.split(".")[1] not in only  # noqa: E731
+    def kept(name: str) -> bool:
+        return not name.startswith("heads.") or name.split(".")[1] in only
+
     return replace(
         rules,
-        freeze=tuple(n for n in rules.freeze if not gone(n)),
-        lr_mult={n: v for n, v in rules.lr_mult.items() if not gone(n)},
-        unfreeze_at={n: v for n, v in rules.unfreeze_at.items() if not gone(n)},
+        freeze=tuple(n for n in rules.freeze if kept(n)),
+        lr_mult={n: v for n, v in rules.lr_mult.items() if kept(n)},
+        unfreeze_at={n: v for n, v in rules.unfreeze_at.items() if kept(n)},
     )
 
 

@@ -50,27 +50,24 @@ class SumRoute:
 
     def __init__(self, engine: BackwardEngine) -> None:
         self.engine = engine
-        self.weights = engine.known
 
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
     ) -> None:
-        if self.weights is None:
-            self._solve()
-        assert self.weights is not None
-        total = sum(w * loss for w, loss in zip(self.weights.tolist(), losses, strict=True))
-        assert isinstance(total, Tensor)
+        """One backward pass per micro-batch."""
+        self._settle()
+        weights = self.engine.row_weights().tolist()
+        total = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
         (total * self.engine.scale.scale).backward()  # type: ignore[no-untyped-call]
 
     def close(self) -> StepReport:
+        """Collect the gradients, reduce over ranks, unscale."""
         engine = self.engine
-        if self.weights is None:
-            self._solve()
-        assert self.weights is not None
+        self._settle()
         parameters = list(engine.shared)
         for task in engine.tasks:
             parameters += engine.model.task_parameters(task)
-        if dist.world() > 1:
+        if dist.world() > 1:  # a rank without a sample still takes part
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         parameters = [p for p in parameters if p.grad is not None]
@@ -79,15 +76,13 @@ class SumRoute:
             p.grad = None
         dist.sum_lists_(grads)
         engine.scale.unscale_(grads)
-        update = Update(engine.turn.optimizers[0], parameters, grads)
-        return StepReport(
-            engine.present, engine.losses, self.weights, finite=True, updates=[update]
-        )
+        return engine.report([Update(engine.turn.optimizers[0], parameters, grads)])
 
-    def _solve(self) -> None:
+    def _settle(self) -> None:
         """Weights that follow from the losses of the whole step (one micro-batch per rank)."""
-        local = self.engine.loss_sums.clone()
-        self.weights = self.engine.loss_weights(dist.sum_(local).cpu())
+        engine = self.engine
+        if engine.weights is None:
+            engine.weigh(dist.sum_(engine.loss_sums.clone()).double().cpu())
 
 
 class _Heads:
@@ -106,7 +101,7 @@ class _Heads:
         Returns:
             per objective, the gradient of each leaf (None where the head does not read it).
         """
-        feature_grads = []
+        feature_grads: list[list[Tensor | None]] = []
         for k, loss in enumerate(losses):
             grads = torch.autograd.grad(
                 loss * self.engine.scale.scale,
@@ -127,12 +122,10 @@ class _Heads:
             dist.sum_lists_(self.grads[k])
             self.engine.scale.unscale_(self.grads[k])
 
-    def combined(
-        self, weights: Tensor, only: str | None = None
-    ) -> tuple[list[nn.Parameter], Grads]:
+    def combined(self, only: str | None = None) -> tuple[list[nn.Parameter], Grads]:
         """Weighted (or own) gradients of the heads, objectives of one head added up."""
         total: dict[nn.Parameter, Tensor] = {}
-        for k, w in enumerate(self.engine.head_weights(weights).tolist()):
+        for k, w in enumerate(self.engine.head_weights().tolist()):
             task = self.engine.objectives[int(self.engine.present[k])].task
             if only is not None and task != only:
                 continue
@@ -157,6 +150,7 @@ class CutRoute:
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
     ) -> None:
+        """Through the heads per objective; through the backbone as soon as weights are known."""
         outputs = list(features.values())
         raw = self.heads.split(list(leaves.values()), losses)
         rows = [
@@ -165,31 +159,28 @@ class CutRoute:
         ]
         if self._needs_gramian():
             self._measure(outputs, rows)
-        if self.engine.known is None:
+        if self.engine.weights is None:
             self.pending = (outputs, rows)
         else:
-            self._backward(outputs, rows, self.engine.known)
+            self._backward(outputs, rows)
 
     def close(self) -> StepReport:
+        """Reduce over ranks, weigh and combine."""
         engine = self.engine
         self.heads.close()
         gramian = self._gramian() if self._needs_gramian() else None
-        weights = engine.known
-        if weights is None:
-            assert gramian is not None
-            if not bool(torch.isfinite(gramian).all()):
-                return _overflow(engine)
-            weights = engine.solve(gramian)
-            if self.pending is not None:
-                self._backward(*self.pending, weights)
+        if gramian is not None and not bool(torch.isfinite(gramian).all()):
+            return overflow(engine)
+        if engine.weights is None:
+            engine.weigh(engine.losses, gramian)
+        if self.pending is not None:
+            self._backward(*self.pending)
         shared = self.backbone or [torch.zeros_like(p) for p in engine.shared]
         dist.sum_lists_(shared)
         engine.scale.unscale_(shared)
-        parameters, grads = self.heads.combined(weights)
+        parameters, grads = self.heads.combined()
         update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
-        return StepReport(
-            engine.present, engine.losses, weights, True, gramian=gramian, updates=[update]
-        )
+        return engine.report([update], gramian)
 
     def _wrt(self) -> str:
         strategy = self.engine.weighting
@@ -197,8 +188,9 @@ class CutRoute:
 
     def _needs_gramian(self) -> bool:
         strategy = self.engine.weighting
-        observe = isinstance(strategy, GramianWeighting) and strategy.observe
-        return observe or self.engine.known is None
+        return isinstance(strategy, GramianWeighting) and (
+            strategy.observe or self.engine.declared is None
+        )
 
     def _measure(self, outputs: list[Tensor], rows: list[Grads]) -> None:
         """Add this micro-batch to the Gramian's material.
@@ -218,7 +210,7 @@ class CutRoute:
 
     def _gramian(self) -> Tensor:
         if not self.measured:
-            gramian = dist.sum_(self.feature_gramian).cpu()
+            gramian = dist.sum_(self.feature_gramian).double().cpu()
         else:
             for k, row in enumerate(self.rows):
                 self.rows[k] = row or [torch.zeros_like(p) for p in self.measured]
@@ -226,8 +218,8 @@ class CutRoute:
             gramian = gramian_of(self.rows)
         return gramian / self.engine.scale.scale**2
 
-    def _backward(self, outputs: list[Tensor], rows: list[Grads], weights: Tensor) -> None:
-        combined = combine(rows, weights, in_place=False)
+    def _backward(self, outputs: list[Tensor], rows: list[Grads]) -> None:
+        combined = combine(rows, self.engine.row_weights(), in_place=False)
         grads = torch.autograd.grad(
             outputs, self.engine.shared, grad_outputs=combined, allow_unused=True
         )
@@ -246,6 +238,7 @@ class RowsRoute:
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
     ) -> None:
+        """Add this micro-batch's rows."""
         engine = self.engine
         outputs = list(features.values())
         feature_rows = self.heads.split(list(leaves.values()), losses)
@@ -262,6 +255,7 @@ class RowsRoute:
             add_(self.rows[k], filled)
 
     def close(self) -> StepReport:
+        """Reduce over ranks, weigh and combine."""
         engine = self.engine
         self.heads.close()
         for k, row in enumerate(self.rows):
@@ -271,40 +265,64 @@ class RowsRoute:
             return self._split()
         if isinstance(engine.weighting, GradientWeighting):
             return self._columnwise()
-        rows, columns = self._scattered()
+        whole = "rows" in engine.weighting.needs
+        rows, columns = self._reduced(whole)
         gramian = None
         if isinstance(engine.weighting, GramianWeighting):
-            gramian = self._gramian(rows)
+            gramian = self._gramian(rows, whole)
             if not bool(torch.isfinite(gramian).all()):
-                return _overflow(engine)
-            weights = engine.solve(gramian)
-        else:
-            weights = engine.loss_weights(engine.losses)
-        shared = combine(rows, weights)
+                return overflow(engine)
+        if whole:
+            return self._observed(rows)
+        engine.weigh(engine.losses, gramian)
+        shared = combine(rows, engine.row_weights())
         if columns:
             flat = dist.gather_columns(shared[0], columns)
-            pieces = flat.split([p.numel() for p in engine.shared])
+            pieces = torch.split(flat, [p.numel() for p in engine.shared])
             shared = [g.view_as(p) for g, p in zip(pieces, engine.shared, strict=True)]
-        return self._report(weights, shared, gramian)
+        return self._report(shared, gramian)
 
-    def _scattered(self) -> tuple[list[Grads], int]:
-        """Every rank's slice of the summed rows: (rows, P), or all of them and 0 on one rank."""
+    def _reduced(self, whole: bool) -> tuple[list[Grads], int]:
+        """Rows summed over ranks: (this rank's slice of the columns, P), or (all, 0)."""
         if dist.world() == 1:
+            return self.rows, 0
+        if whole:
+            for row in self.rows:
+                dist.sum_lists_(row)
             return self.rows, 0
         flat = [torch.cat([g.flatten() for g in row]) for row in self.rows]
         piece = dist.scatter_rows(flat)
         return [[row] for row in piece], flat[0].numel()
 
-    def _gramian(self, rows: list[Grads]) -> Tensor:
+    def _gramian(self, rows: list[Grads], whole: bool) -> Tensor:
         local = gramian_of(rows)
-        device = self.engine.loss_sums.device
-        return dist.sum_(local.to(device)).cpu() if dist.world() > 1 else local
+        if whole or dist.world() == 1:
+            return local
+        return dist.sum_(local.to(self.engine.loss_sums.device)).cpu()
+
+    def _observed(self, rows: list[Grads]) -> StepReport:
+        """For strategies whose state is as large as the rows: they give the rows to use."""
+        engine = self.engine
+        strategy = engine.weighting
+        assert isinstance(strategy, GramianWeighting)
+        values, engine.slopes = strategy.transformed(engine.losses, engine.present)
+        for row, slope in zip(rows, engine.slopes.tolist(), strict=True):
+            torch._foreach_mul_(row, slope)
+        used = strategy.observe_rows(rows, engine.present, values, engine.step)
+        gramian = gramian_of(used)
+        found = strategy.row_weights(gramian, values, engine.present, engine.step)
+        engine.weights = strategy.rescale(found)
+        return self._report(combine(used, engine.weights), gramian)
 
     def _columnwise(self) -> StepReport:
         engine = self.engine
         assert isinstance(engine.weighting, GradientWeighting)
-        for row in self.rows:
+        engine.weigh(engine.losses)
+        for row, slope in zip(self.rows, engine.slopes.tolist(), strict=True):
             dist.sum_lists_(row)
+            torch._foreach_mul_(row, slope)
+        if not all(bool(torch.isfinite(g).all()) for row in self.rows for g in row):
+            return overflow(engine)
         shared, column = [], 0
         for i, p in enumerate(engine.shared):
             stacked = torch.stack([row[i].flatten() for row in self.rows])
@@ -313,12 +331,14 @@ class RowsRoute:
             )
             shared.append(mixed.view_as(p))
             column += p.numel()
-        return self._report(torch.ones_like(engine.losses), shared, None)
+        return self._report(shared, None)
 
     def _split(self) -> StepReport:
         """One update per task's optimizer, each with the gradient of its own task."""
         engine = self.engine
-        weights = engine.known if engine.known is not None else engine.loss_weights(engine.losses)
+        if engine.weights is None:
+            engine.weigh(engine.losses)
+        weights = engine.row_weights()
         updates = []
         for row in self.rows:
             dist.sum_lists_(row)
@@ -329,18 +349,17 @@ class RowsRoute:
                 if engine.objectives[i].task == task
             ]
             shared = combine([self.rows[k] for k in mine], weights[mine])
-            parameters, grads = self.heads.combined(weights, only=task)
+            parameters, grads = self.heads.combined(only=task)
             updates.append(Update(task, [*engine.shared, *parameters], [*shared, *grads]))
-        return StepReport(engine.present, engine.losses, weights, True, updates=updates)
+        return engine.report(updates)
 
-    def _report(self, weights: Tensor, shared: Grads, gramian: Tensor | None) -> StepReport:
+    def _report(self, shared: Grads, gramian: Tensor | None) -> StepReport:
         engine = self.engine
-        parameters, grads = self.heads.combined(weights)
+        parameters, grads = self.heads.combined()
         update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
-        return StepReport(
-            engine.present, engine.losses, weights, True, gramian=gramian, updates=[update]
-        )
+        return engine.report([update], gramian)
 
 
-def _overflow(engine: BackwardEngine) -> StepReport:
+def overflow(engine: BackwardEngine) -> StepReport:
+    """A step that is skipped: losses or rows are not finite."""
     return StepReport(engine.present, engine.losses, torch.ones_like(engine.losses), finite=False)

@@ -58,7 +58,7 @@ def combine(rows: Sequence[Grads], weights: Tensor, in_place: bool = True) -> Gr
     return total
 
 
-def add_(total: Grads, grads: Sequence[Tensor]) -> None:
+def add_(total: Grads, grads: Grads) -> None:
     """Add ``grads`` to ``total`` in place; an empty total takes them over."""
     if total:
         torch._foreach_add_(total, grads)

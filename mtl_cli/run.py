@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import string
@@ -34,9 +35,14 @@ class Progress:
         step_in_epoch: steps of the current epoch that are done.
         total_steps: optimizer steps attempted in the run, over all stages.
         best_score: best value of what decides about best.pt in this stage.
+        best: step, epoch, stage, score and metrics of the best evaluation of this stage.
+        final: the same of the last evaluation.
+        best_task: task -> gain, value, step and epoch of its own best evaluation.
         waited: evaluations since the best one (for patience).
         skipped: total_steps of the last skipped steps, at most 1000 back.
+        outcomes: name and best evaluation of the finished stages.
         finished: the last stage is done.
+        log_bytes: length of metrics.jsonl; what is behind it is dropped on resume.
     """
 
     stage: int = 0
@@ -46,6 +52,7 @@ class Progress:
     total_steps: int = 0
     best_score: float | None = None
     best: dict[str, Any] = field(default_factory=dict)
+    final: dict[str, Any] = field(default_factory=dict)
     best_task: dict[str, dict[str, Any]] = field(default_factory=dict)
     waited: int = 0
     skipped: list[int] = field(default_factory=list)
@@ -95,7 +102,7 @@ class StopFlag:
         self.signal = signal.Signals(number).name
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
 
 
@@ -217,28 +224,68 @@ def point_latest(path: Path) -> None:
         os.replace(temporary, link)
 
 
+class Clock:
+    """Throughput and waiting, for the screen and timing.jsonl; never for a decision."""
+
+    def __init__(self) -> None:
+        self.worked_s = 0.0
+        self.waited_s = 0.0
+        self.images = 0
+        self.saved_at: float | None = None
+        self._taken = (0.0, 0.0, 0)
+
+    def add(self, *, waited: float, worked: float, images: int) -> None:
+        """Add one step."""
+        self.waited_s += waited
+        self.worked_s += worked
+        self.images += images
+
+    def saved(self) -> None:
+        """Note that a checkpoint was written now."""
+        self.saved_at = time.monotonic()
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput of this process so far, waiting included."""
+        return self.images / max(1e-9, self.worked_s + self.waited_s)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the training time spent waiting for data."""
+        return self.waited_s / max(1e-9, self.worked_s + self.waited_s)
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call."""
+        worked, waited = self.worked_s - self._taken[0], self.waited_s - self._taken[1]
+        images = self.images - self._taken[2]
+        self._taken = (self.worked_s, self.waited_s, self.images)
+        return {
+            "images_per_second": round(images / max(1e-9, worked + waited), 1),
+            "data_wait": round(waited / max(1e-9, worked + waited), 4),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        }
+
+
 @dataclass
 class Run:
     """Everything one run needs; thin on purpose: ``train(run)`` does the work.
 
     Args:
         dir: the run directory.
-        config: the resolved config as plain values.
-        schedule: yields the stages.
+        config_text: the resolved config as YAML, stored in every checkpoint.
+        stages: the schedule's stages.
         stage: builds a stage's own set (data, model, engine, optimizers); injected by build.
         progress: where the run is.
         stop: set by a signal.
-        display: where the screen goes.
+        display: the screen.
+        clock: throughput.
     """
 
     dir: RunDir
-    config: dict[str, Any]
     config_text: str
     stages: Sequence[Any]
     stage: Callable[[Any], Any]
     progress: Progress
     stop: StopFlag
     display: Any
-    restored: dict[str, Any] | None = None
-    train_seconds: float = 0.0
-    images: int = 0
+    clock: Clock = field(default_factory=Clock)

@@ -1,0 +1,104 @@
+"""``mtl eval RUN|CKPT [--split val|test] [--data PATH] [--json]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_cli.commands.arguments import split
+from mtl_cli.errors import OK, ConfigError
+
+USAGE = (
+    "mtl eval RUN|CHECKPOINT [--split train|val|test] [--data PATH] [--name best|last] "
+    "[--device D] [--json]"
+)
+
+
+def run(args: Sequence[str], say: Callable[[str], None]) -> int:
+    """Judge a trained run on a split, under its own config.
+
+    Raises:
+        ConfigError: wrong command line.
+        CheckpointError: no usable checkpoint.
+        DataError: the data are missing.
+    """
+    words, options = split(args, ("--split", "--data", "--device", "--name"), ("--json",), USAGE)
+    if len(words) != 1:
+        raise ConfigError(f"eval: expected one run or checkpoint; {USAGE}")
+    name = options.get("--split", "val")
+    if name not in ("train", "val", "test"):
+        raise ConfigError(f"eval: --split: found '{name}', expected train, val or test")
+    result = judge(words[0], name, options)
+    if "--json" in options:
+        say(json.dumps(result, indent=1))
+        return OK
+    for line in table(result):
+        say(line)
+    return OK
+
+
+def judge(run_path: str, split: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Metrics of a checkpoint on a split, the constant predictor beside them."""
+    from mtl_cli import build, checkpoint, device, precision
+    from mtl_cli.evaluate import evaluate_model
+    from mtl_cli.metrics import TaskMetrics
+
+    path = checkpoint.find(Path(run_path).expanduser(), options.get("--name", "best"))
+    state = checkpoint.load(path)
+    config, tasks, model = build.reopen(state)
+    if "--data" in options:
+        config["data"] = {**config["data"], "root": options["--data"]}
+    where = device.resolve(options.get("--device", "auto"))
+    statistics = {t.name: {"center": t.center, "scale": t.scale} for t in tasks}
+    data = build.open_data(config, where, statistics)
+    losses = build.build_losses(config, tasks).to(where)
+    dtype = precision.resolve(config["precision"]["dtype"], where)
+    evaluation = evaluate_model(
+        model.to(where), tasks, losses, data, state["baseline"], split, where, dtype
+    )
+    assert evaluation is not None
+    per_class = {}
+    for task in tasks:
+        metrics = TaskMetrics(task)
+        index = evaluation.index
+        metrics.update(
+            evaluation.raw[task.name], data.targets[task.name][index], data.valid[task.name][index]
+        )
+        per_class[task.name] = metrics.per_class()
+    data.close()
+    return {
+        "checkpoint": str(path),
+        "split": split,
+        "samples": len(evaluation.index),
+        "step": state["progress"]["total_steps"],
+        "metrics": evaluation.metrics,
+        "losses": evaluation.losses,
+        "score": evaluation.score,
+        "units": {t.name: t.unit for t in tasks},
+        "per_class": per_class,
+    }
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The result as lines: a row per metric, then a row per class."""
+    lines = [
+        f"{result['checkpoint']} (step {result['step']}), {result['split']}: "
+        f"{result['samples']} samples"
+    ]
+    for task, metrics in result["metrics"].items():
+        for name, value in metrics.items():
+            shown = "-" if value is None else f"{value:.6g}"
+            unit = result["units"][task] if name in ("mae", "rmse") else ""
+            lines.append(f"  {task:<16} {name:<18} {shown} {unit}".rstrip())
+    for task, rows in result["per_class"].items():
+        for row in rows:
+            figures = "  ".join(
+                f"{key} {'-' if row[key] is None else format(row[key], '.3f')}"
+                for key in ("precision", "recall", "f1")
+            )
+            lines.append(
+                f"  {task:<16} {row['class']!s:<18} {int(row['labels'])} labels  {figures}"
+            )
+    return lines

@@ -1,0 +1,65 @@
+"""``mtl predict RUN|CKPT IMAGE|DIR... [--out FILE.csv|FILE.jsonl]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mtl_cli.commands.arguments import split
+from mtl_cli.errors import OK, ConfigError, DataError
+
+USAGE = "mtl predict RUN|CHECKPOINT IMAGE|DIR... [--out FILE.csv|FILE.jsonl] [--device D]"
+
+
+def run(args: Sequence[str], say: Callable[[str], None]) -> int:
+    """Predict images with a trained run.
+
+    Raises:
+        ConfigError: wrong command line.
+        DataError: no such image, or one that cannot be decoded.
+        CheckpointError: no usable checkpoint.
+    """
+    words, options = split(args, ("--out", "--device"), (), USAGE)
+    if len(words) < 2:
+        raise ConfigError(f"predict: expected a run and at least one image; {USAGE}")
+    out = Path(options["--out"]) if "--out" in options else None
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"predict: --out {out}: unknown format (expected .csv or .jsonl)")
+    from mtl_cli.predict import Predictor
+    from mtl_cli.predictions import rows, to_csv
+
+    paths = _images(words[1:])
+    predictor = Predictor.load(words[0], device=options.get("--device", "auto"))
+    table = []
+    for names, raw in predictor.batches(paths):
+        table += rows(names, predictor.tasks, raw)
+    if out is None:
+        for line in to_csv(table).splitlines():
+            say(line)
+        return OK
+    if out.suffix == ".csv":
+        out.write_text(to_csv(table))
+    else:
+        out.write_text("".join(json.dumps(row) + "\n" for row in table))
+    say(f"{len(table)} predictions for {len(paths)} images in {out}")
+    return OK
+
+
+def _images(words: Sequence[str]) -> list[str]:
+    """Files as they are named; the images below directories, sorted."""
+    from mtl_cli.data.images import find
+
+    paths: list[str] = []
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            found = [str(path / name) for name in find(path)]
+            if not found:
+                raise DataError(f"{path}: no image in this directory")
+            paths += found
+        elif path.exists():
+            paths.append(str(path))
+        else:
+            raise DataError(f"{path}: no such image or directory")
+    return paths

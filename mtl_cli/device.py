@@ -1,0 +1,70 @@
+"""Which device a run uses, and why not the GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mtl_cli import dist
+from mtl_cli.errors import ConfigError
+
+
+def resolve(name: str) -> torch.device:
+    """``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device is not there, or there is an NVIDIA GPU that torch cannot use.
+    """
+    if name == "auto":
+        name = _automatic()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device: unknown (found '{name}', expected auto, cpu, cuda, cuda:N or mps)"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {name} cannot be used ({why_no_cuda()}); use device=cpu")
+        if device.index is None:
+            device = torch.device("cuda", dist.local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: no {device} (found {torch.cuda.device_count()} CUDA devices)"
+            )
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps cannot be used on this machine; use device=cpu")
+    return device
+
+
+def why_no_cuda() -> str:
+    """One phrase on why torch has no CUDA device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not nvidia_present():
+        return "no NVIDIA driver on this machine"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty"
+    return (
+        f"torch {torch.__version__} needs CUDA {torch.version.cuda}, which the installed NVIDIA "
+        "driver does not offer; update the driver or install an older torch"
+    )
+
+
+def nvidia_present() -> bool:
+    """True if an NVIDIA kernel driver is loaded."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+
+
+def _automatic() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if nvidia_present() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise ConfigError(
+            f"device: there is an NVIDIA GPU but torch cannot use it ({why_no_cuda()}); "
+            "device=cpu trains without it"
+        )
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,299 @@
+"""One job: from a composed config to a finished run directory and an exit code.
+
+Nothing escapes from here: every failure ends in status.json, error.txt and a documented exit code,
+so that a sweep goes on and a scheduler can tell what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from omegaconf import DictConfig
+
+from mtl_cli import __version__, build, console, device, dist, precision
+from mtl_cli.config import to_text
+from mtl_cli.errors import OK, STOPPED, UNEXPECTED, MtlError, ResourceError
+from mtl_cli.metrics import direction
+from mtl_cli.params import format_table
+from mtl_cli.run import Progress, Run, RunDir, StopFlag, Stopped, new_run_path, point_latest
+from mtl_cli.train import train
+from mtl_cli.work import Work
+
+
+def run_job(
+    cfg: DictConfig,
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool = False,
+    debug: bool = False,
+) -> int:
+    """Train one config and return the exit code; every error is reported here.
+
+    Args:
+        cfg: composed and checked; ``cfg.resume`` is a run directory or null.
+        run_dir: where to write (a job of a sweep); None names a directory under ``output_dir``.
+        overrides: the command line's overrides, saved for ``resume=``.
+        dry_run: build everything, print the parameter table, train nothing.
+        debug: print tracebacks.
+    """
+    stop = StopFlag()
+    directory: RunDir | None = None
+    try:
+        with stop.listening():
+            config = build.plain_config(cfg)
+            where = device.resolve(config["device"])
+            dist.setup(where)
+            set_determinism(config, where)
+            if dry_run:
+                return show_plan(config, where)
+            directory = open_directory(config, run_dir)
+            with log_file(directory.path):
+                return train_in(directory, config, cfg, overrides, where, stop)
+    except Stopped as stopped:
+        return finish(directory, "interrupted", STOPPED, f"stopped by {stopped}")
+    except MtlError as error:
+        return fail(directory, error, error.exit_code, str(error), debug)
+    except torch.OutOfMemoryError as error:
+        reason = f"{str(error).splitlines()[0]}; lower data.batch_size or raise accumulate"
+        return fail(directory, error, ResourceError.exit_code, reason, debug)
+    except Exception as error:
+        reason = f"unexpected {type(error).__name__}: {error}"
+        return fail(directory, error, UNEXPECTED, reason, debug)
+    finally:
+        if directory is not None:
+            directory.close()
+
+
+def train_in(
+    directory: RunDir,
+    config: dict[str, Any],
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    where: torch.device,
+    stop: StopFlag,
+) -> int:
+    """Train (or go on training) in an open run directory."""
+    display = console.Display(config["display"] if dist.rank() == 0 else "silent")
+    progress = Progress()
+    state = directory.checkpoints.newest(display.message) if config["resume"] else None
+    if state is not None:
+        progress.load_state_dict(state["progress"])
+        note_world(state, where, display)
+    if progress.finished:
+        display.message(f"{directory.path}: already finished, nothing to do")
+        dist.shutdown()
+        return OK
+    text = to_text(cfg)
+    schedule = build.make(config["schedule"], "schedule")
+    builder = build.StageBuilder(
+        config, directory.path, schedule, where, progress, state, display.message
+    )
+    run = Run(
+        dir=directory,
+        config_text=text,
+        stages=schedule.stages(tuple(config["task"]["outputs"])),
+        stage=builder,
+        progress=progress,
+        stop=stop,
+        display=display,
+    )
+    if dist.rank() == 0:
+        write_facts(directory, text, overrides, where, config)
+        directory.status("running", step=progress.total_steps)
+        directory.start_logs(progress.log_bytes)
+    started = time.perf_counter()
+    display.start({"run": str(directory.path), **describe(config, where)})
+    try:
+        train(run)
+    finally:
+        display.stop()
+    if dist.rank() == 0:
+        summary = summarise(run, builder.work, config, overrides, time.perf_counter() - started)
+        directory.write_json("summary.json", summary)
+        directory.status("finished", step=progress.total_steps, exit_code=OK)
+        console.final_table(summary)
+    dist.shutdown()
+    return OK
+
+
+def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
+    """The run's directory, locked by rank 0, whose name all ranks take."""
+    if config["resume"]:
+        path = Path(config["resume"])
+    elif run_dir is not None:
+        path = run_dir
+    else:
+        parent = Path(config["output_dir"]) / config["task"]["name"]
+        path = parent / config["run_name"] if config["run_name"] else new_run_path(parent)
+    directory = RunDir(Path(dist.broadcast(str(path))))
+    if dist.rank() == 0:
+        directory.open()
+        point_latest(directory.path)
+    return directory
+
+
+def set_determinism(config: dict[str, Any], where: torch.device) -> None:
+    """Reproducible kernels, by default on a CPU only."""
+    wanted = config["deterministic"]
+    wanted = where.type == "cpu" if wanted is None else wanted
+    if wanted and where.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted and where.type == "cuda"
+
+
+def describe(config: dict[str, Any], where: torch.device) -> dict[str, Any]:
+    """Facts for the first lines of the screen."""
+    dtype = precision.resolve(config["precision"]["dtype"], where)
+    hints = []
+    if where.type == "cpu" and dtype == "fp32" and precision.native_bf16_on_cpu():
+        hints.append("this CPU has bf16: precision=bf16 takes about 0.6 of the time")
+    if config["backbone"].get("pretrained") is False:
+        hints.append("the backbone starts from scratch; backbone.pretrained=true usually helps")
+    return {
+        "task": config["task"]["name"],
+        "device": str(where),
+        "dtype": dtype,
+        "world": dist.world(),
+        "threads": torch.get_num_threads(),
+        "hints": hints,
+    }
+
+
+def note_world(state: dict[str, Any], where: torch.device, display: console.Display) -> None:
+    """Say what makes a resumed run differ from the uninterrupted one."""
+    for what, old, new in (
+        ("ranks", state["world"], dist.world()),
+        ("device", state["device"], where.type),
+    ):
+        if old != new:
+            display.message(f"resume: not bit-exact: {what} changed {old} -> {new}")
+
+
+def write_facts(
+    directory: RunDir,
+    text: str,
+    overrides: Sequence[str],
+    where: torch.device,
+    config: dict[str, Any],
+) -> None:
+    """config.yaml, overrides.txt and environment.json."""
+    directory.write_text("config.yaml", text)
+    directory.write_text("overrides.txt", "".join(f"{line}\n" for line in overrides))
+    facts = {
+        "mtl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "device": str(where),
+        "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "world": dist.world(),
+        "seed": config["seed"],
+        "argv": sys.argv,
+    }
+    directory.write_json("environment.json", facts)
+
+
+def show_plan(config: dict[str, Any], where: torch.device) -> int:
+    """``--dry-run``: build every stage, print its parameter table, train nothing."""
+    schedule = build.make(config["schedule"], "schedule")
+    builder = build.StageBuilder(
+        {**config, "init_from": None}, Path(), schedule, where, Progress(), None, console.say
+    )
+    for stage in schedule.stages(tuple(config["task"]["outputs"])):
+        work = builder.plan(stage)
+        console.say(
+            f"stage {stage.name}: {work.epochs} epochs, {work.total_steps} steps, tasks "
+            f"{', '.join(t.name for t in work.tasks)}, optimizers {', '.join(work.optimizers)}"
+        )
+        for line in format_table(work.rows):
+            console.say(line)
+    return OK
+
+
+def summarise(
+    run: Run, work: Work, config: dict[str, Any], overrides: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    progress = run.progress
+    return {
+        "task": config["task"]["name"],
+        "run": str(run.dir.path),
+        "state": "finished",
+        "overrides": list(overrides),
+        "best": progress.best,
+        "final": progress.final,
+        "best_task": progress.best_task,
+        "baseline": work.baseline,
+        "directions": {t.name: {m: direction(m) for m in t.metrics} for t in work.tasks},
+        "units": {
+            t.name: {m: t.unit if m in ("mae", "rmse") else "" for m in t.metrics}
+            for t in work.tasks
+        },
+        "stages": progress.outcomes,
+        "parameters": sum(p.numel() for p in work.model.parameters()),
+        "train_seconds": round(seconds, 1),
+        "images_per_second": round(run.clock.images_per_second, 1),
+        "seed": config["seed"],
+        "world": dist.world(),
+    }
+
+
+def finish(directory: RunDir | None, state: str, code: int, reason: str) -> int:
+    """Write the end of an interrupted run."""
+    if directory is not None and dist.rank() == 0:
+        directory.status(state, exit_code=code, reason=reason)
+        console.say(f"mtl: {reason}; continue with: mtl train resume={directory.path}")
+    dist.shutdown()
+    return code
+
+
+def fail(
+    directory: RunDir | None, error: BaseException, code: int, reason: str, debug: bool
+) -> int:
+    """Report a failure on the screen and in the run directory; never raises."""
+    details = "".join(traceback.format_exception(error))
+    if debug or code == UNEXPECTED:
+        console.error(details)
+    for line in getattr(error, "problems", [reason]):
+        console.error(line)
+    if directory is not None and dist.rank() == 0 and code != 8:
+        with contextlib.suppress(MtlError, OSError):
+            directory.status("failed", exit_code=code, reason=reason)
+            directory.write_text("error.txt", details)
+    dist.abandon()
+    return code
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Send the package's log records to mtl.log (rank 0)."""
+    if dist.rank() != 0:
+        yield
+        return
+    handler = logging.FileHandler(path / "mtl.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("mtl_cli")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()

@@ -1,0 +1,229 @@
+"""Training, in the order it runs: train -> run_stage -> train_epoch -> train_step."""
+
+# T objectives, B batch
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtl_cli import dist
+from mtl_cli.checkpoint import find
+from mtl_cli.data.base import normalise
+from mtl_cli.errors import ResourceError
+from mtl_cli.evaluate import evaluate
+from mtl_cli.params import set_train_mode, set_trainable
+from mtl_cli.precision import autocast
+from mtl_cli.record import log_evaluation, log_step, note_best, note_report, save
+from mtl_cli.routes import StepReport, Update
+from mtl_cli.run import Run, Stopped
+from mtl_cli.task import Batch, mix64
+from mtl_cli.work import Work
+
+
+def train(run: Run) -> None:
+    """Run every stage that is not finished yet.
+
+    Raises:
+        Stopped: a signal came; the checkpoint is written.
+        NonFiniteError: more non-finite steps than the budget.
+    """
+    while not run.progress.finished:
+        stage = run.stages[run.progress.stage]
+        work: Work = run.stage(stage)
+        run.display.stage(stage.name, work)
+        run_stage(run, work)
+        run.progress.outcomes.append({"stage": stage.name, "best": run.progress.best})
+        if stage.index + 1 < len(run.stages):
+            if dist.rank() == 0:
+                for kind in ("best", "last"):
+                    run.dir.checkpoints.link(find(run.dir.path, kind), f"{stage.name}_{kind}")
+            dist.barrier()
+            run.progress.next_stage()
+        else:
+            run.progress.finished = True
+            save(run, work)
+        work.data.close()
+
+
+def run_stage(run: Run, work: Work) -> None:
+    """Epochs of training and evaluation, until they are done or patience runs out."""
+    progress = run.progress
+    while progress.epoch < work.epochs and not out_of_patience(run, work):
+        set_trainable(work.rows, progress.epoch)
+        if progress.step_in_epoch < work.data.steps_per_epoch:
+            train_epoch(run, work)
+        stop_here(run, work)
+        started = time.perf_counter()
+        evaluation = evaluate(work, "val", stop=run.stop)
+        if evaluation is None:  # a signal came in between: evaluate again after the resume
+            stop_here(run, work)
+            raise AssertionError("evaluate returns None only when a stop is asked for")
+        work.weighting.end_epoch()
+        progress.epoch += 1
+        progress.step_in_epoch = 0
+        names = note_best(run, work, evaluation)
+        log_evaluation(run, work, evaluation, time.perf_counter() - started)
+        work.meter.epoch.zero_()
+        save(run, work, names)
+
+
+def out_of_patience(run: Run, work: Work) -> bool:
+    """True if the score has not risen for ``patience`` evaluations."""
+    waited = run.progress.waited
+    if work.patience is None or waited < work.patience:
+        return False
+    run.display.message(f"no gain for {waited} evaluations: stage {work.stage.name} ends early")
+    return True
+
+
+def train_epoch(run: Run, work: Work) -> None:
+    """The rest of the current epoch, from ``step_in_epoch`` on."""
+    progress = run.progress
+    set_train_mode(work.model, work.rows)
+    batches = work.data.train_batches(
+        stage=work.stage.index,
+        epoch=progress.epoch,
+        start=progress.step_in_epoch,
+        accumulate=work.accumulate,
+        rank=dist.rank(),
+        world=dist.world(),
+    )
+    for micro in timed(run, work, batches):
+        reports = train_step(work, micro, progress.step, progress.epoch)
+        progress.step += 1
+        progress.step_in_epoch += 1
+        progress.total_steps += 1
+        for report in reports:
+            note_report(run, work, report, micro)
+        if progress.total_steps % work.log_every_steps == 0:
+            log_step(run, work, reports)
+        if work.save_every_steps and progress.total_steps % work.save_every_steps == 0:
+            save(run, work)
+        stop_here(run, work)
+
+
+def train_step(
+    work: Work, micro: Sequence[Batch | None], step: int, epoch: int
+) -> list[StepReport]:
+    """One optimizer step on this rank's micro-batches; every turn of it.
+
+    Args:
+        work: the stage's set.
+        micro: micro-batches; None where this rank has no sample.
+        step: steps attempted in the stage.
+        epoch: epochs finished in the stage.
+    """
+    seed_step(work, step)
+    counts = dist.sum_(label_counts(work, micro).to(work.device)).cpu()
+    resident = [b if b is None else b.to(work.device) for b in micro]
+    reports = []
+    for turn in work.stage.turns.at(step, epoch):
+        buffers = [b.clone() for b in work.model.buffers()]
+        work.engine.begin(turn, step, counts)
+        for batch in resident:
+            if batch is not None and work.engine.tasks:
+                forward(work, batch)
+        report = work.engine.finalize()
+        if report.finite:
+            apply(work, report.updates, step)
+            if len(report.present):
+                work.weighting.advance(step, report.present, report.losses, report.gramian)
+        else:  # the forward pass has moved BatchNorm statistics: take that back as well
+            torch._foreach_copy_(list(work.model.buffers()), buffers)
+        work.scale.update(report.finite)
+        reports.append(report)
+    if work.ema is not None and all(r.finite for r in reports):
+        work.ema.update_parameters(work.model)
+    return reports
+
+
+def forward(work: Work, batch: Batch) -> None:
+    """One micro-batch: backbone once, heads, loss sums, into the engine."""
+    with autocast(work.dtype, work.device):
+        features = work.model.features(normalise(batch.images))
+    leaves = work.engine.cut(features)
+    with autocast(work.dtype, work.device):
+        raw = work.model.outputs(leaves, work.engine.tasks)
+    sums: dict[int, Tensor] = {}
+    for task in work.engine.tasks:
+        terms = work.losses[task](raw[task], batch.targets[task], batch.valid[task])
+        sums.update(zip(work.engine.objectives_of(task), terms, strict=True))
+    work.engine.accumulate(features, leaves, sums)
+
+
+def label_counts(work: Work, micro: Sequence[Batch | None]) -> Tensor:
+    """[T, 2] float64: denominators and labels of every objective, from the targets alone."""
+    counts = torch.zeros(len(work.objectives), 2, dtype=torch.float64)
+    for batch in micro:
+        if batch is None:
+            continue
+        for task in work.tasks:
+            counts[work.engine.objectives_of(task.name)] += work.losses[task.name].count(
+                batch.targets[task.name], batch.valid[task.name]
+            )
+    return counts
+
+
+def apply(work: Work, updates: Sequence[Update], step: int) -> None:
+    """Clip, set the learning rate, step every optimizer on its own gradients."""
+    factor = work.lr((step + 0.5) / work.total_steps)
+    for update in updates:
+        optimizer = work.optimizers[update.optimizer]
+        if work.clip_norm is not None and update.optimizer != "weighting":
+            norm = torch.nn.utils.get_total_norm(update.grads)
+            coefficient = (work.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(update.grads, coefficient)
+        task_factor = work.stage.task_lr.get(update.optimizer, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = work.peak_lr * factor * task_factor * group["lr_mult"]
+        for parameter, grad in zip(update.parameters, update.grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        for parameter in update.parameters:
+            parameter.grad = None
+
+
+def seed_step(work: Work, step: int) -> None:
+    """Dropout and other draws of a step depend on (seed, stage, step, rank) alone."""
+    seed = mix64(work.seed, 0xD0, work.stage.index, step, dist.rank())
+    torch.default_generator.manual_seed(seed)
+    if work.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def timed(
+    run: Run, work: Work, batches: Iterator[list[Batch | None]]
+) -> Iterator[list[Batch | None]]:
+    """Count the time spent waiting for data, and training."""
+    while True:
+        before = time.perf_counter()
+        try:
+            micro = next(batches, None)
+        except (ResourceError, RuntimeError) as error:
+            if run.stop:  # the signal went to the whole group and killed the workers
+                stop_here(run, work)
+            if isinstance(error, ResourceError):
+                raise
+            raise ResourceError(f"data worker: {str(error).splitlines()[0]}") from error
+        if micro is None:
+            return
+        ready = time.perf_counter()
+        yield micro
+        run.clock.add(
+            waited=ready - before,
+            worked=time.perf_counter() - ready,
+            images=sum(len(b) for b in micro if b is not None) * dist.world(),
+        )
+
+
+def stop_here(run: Run, work: Work) -> None:
+    """Save and leave if any rank was asked to stop; all ranks agree on the step."""
+    asked = dist.sum_(torch.tensor([float(bool(run.stop))], device=work.device))
+    if asked.item() == 0:
+        return
+    save(run, work)
+    raise Stopped(run.stop.signal or "another rank")
