@@ -175,7 +175,7 @@ class Weighting(nn.Module):
     def rescale(self, weights: Tensor) -> Tensor:
         """Apply ``reduction`` to the weights [K] of the present objectives.
 
-        ``sum`` divides by the mean of \\|w\\|, ``mean`` by the sum of \\|w\\| (papers with negative
+        ``sum`` divides by the mean of abs(w), ``mean`` by the sum of abs(w) (papers with negative
         weights exist); weights that are all zero stay so.
         """
         if self.reduction == "paper" or not len(weights):
@@ -202,7 +202,7 @@ class Weighting(nn.Module):
 
 
 class LossWeighting(Weighting):
-    """Scalarises the loss vector; costs one joint step.
+    """Scalarises the loss vector; costs one joint step; heads get the weights too.
 
     Class attributes:
         affine: the weights dF/dL do not depend on L, so :meth:`weights` knows them beforehand.
@@ -220,13 +220,10 @@ class LossWeighting(Weighting):
         objectives: Sequence[Objective],
         *,
         seed: int = 0,
-        heads: str = "weighted",
         transform: str = "identity",
         reduction: str = "paper",
     ) -> None:
-        super().__init__(
-            objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
-        )
+        super().__init__(objectives, seed=seed, transform=transform, reduction=reduction)
         self.lr_mult = 1.0
 
     def weights(self, step: int, present: Tensor) -> Tensor | None:
@@ -324,23 +321,33 @@ class GramianWeighting(Weighting):
         Returns:
             [K] float64.
         """
-        length = gramian.diagonal().clamp_min(0).sqrt()
-        alive = length > DEAD_ROW * length.max()
-        weights = torch.ones_like(length)
-        if int(alive.sum()) > 1:
-            found = self.solve(gramian[alive][:, alive], losses[alive], present[alive], step)
-            if not bool(torch.isfinite(found).all()):
-                self.fallbacks += 1
-                found = torch.full_like(found, 1 / len(found))
-            weights = torch.full_like(length, float(found.mean()))
-            weights[alive] = found
+        diagonal = gramian.numpy().diagonal()
+        alive = diagonal > DEAD_ROW**2 * diagonal.max()
+        count = int(alive.sum())
+        if count == len(alive) > 1:
+            weights = self._found(gramian, losses, present, step)
+        elif count > 1:
+            rows = torch.from_numpy(alive)
+            found = self._found(gramian[rows][:, rows], losses[rows], present[rows], step)
+            weights = torch.full((len(alive),), float(found.mean()), dtype=torch.float64)
+            weights[rows] = found
+        else:
+            weights = torch.ones(len(alive), dtype=torch.float64)
         self.last_weights[present] = weights
+        return weights
+
+    def _found(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        weights = self.solve(gramian, losses, present, step)
+        if not np.isfinite(weights.numpy()).all():
+            self.fallbacks += 1
+            weights = torch.full_like(weights, 1 / len(weights))
         return weights
 
     def checked(self, found: tuple[npt.NDArray[np.float64], bool]) -> Tensor:
         """A solver's weights as a tensor; counts a fallback where the solver was not certain."""
         weights, certain = found
-        self.fallbacks += not certain
+        if not certain:
+            self.fallbacks += 1
         return torch.from_numpy(weights)
 
     def observe_rows(
@@ -371,8 +378,9 @@ class GradientWeighting(Weighting):
 
     Args:
         heads: as in :class:`Weighting`.
-        wrt: ``shared``.
     """
+
+    wrt: str = "shared"
 
     def __init__(
         self,
@@ -380,14 +388,12 @@ class GradientWeighting(Weighting):
         *,
         seed: int = 0,
         heads: str = "own",
-        wrt: str = "shared",
         transform: str = "identity",
         reduction: str = "paper",
     ) -> None:
         super().__init__(
             objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
         )
-        self.wrt = choose("wrt", wrt, ("shared",))
 
     def combine(
         self, rows: Tensor, present: Tensor, step: int, column: int, losses: Tensor

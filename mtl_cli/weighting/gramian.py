@@ -43,6 +43,7 @@ class MGDA(GramianWeighting):
         self.normalization = choose("normalization", normalization, ("none", "l2", "loss", "loss+"))
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """The w on the simplex with the least w.(G / d d')w, d the divisors of the rows."""
         divisor = torch.ones_like(losses)
         if self.normalization in ("l2", "loss+"):
             divisor = gramian.diagonal().sqrt()
@@ -65,6 +66,7 @@ class PCGrad(GramianWeighting):
     """
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """Column sums of the coefficients of the projected gradients."""
         order = random_order(self, present, step)
         return torch.from_numpy(surgery(gramian.numpy(), order).sum(0))
 
@@ -102,6 +104,7 @@ class GradVac(GramianWeighting):
         self.register_buffer("target", torch.zeros(count, count, dtype=torch.float64))
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """Column sums of the coefficients of the rotated gradients; moves the targets."""
         order = random_order(self, present, step)
         target = self.target[present][:, present].numpy()
         coefficients, target = vaccinate(gramian.numpy(), order, target, self.beta, self.eps)
@@ -135,6 +138,7 @@ class CAGrad(GramianWeighting):
         self.rescaling = {0: 1.0, 1: 1 + c * c, 2: 1 + c}[rescale]
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """1 / K + (c |g0| / |g_w|) w, divided by the rescaling."""
         w, factor, certain = solvers.conflict_averse(gramian.numpy(), self.c)
         weights = self.checked((1 / len(w) + factor * w, certain))
         return weights / self.rescaling
@@ -170,6 +174,7 @@ class IMTLG(GramianWeighting):
         self.descend = descend
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """V / sum v with v = U^+ 1 over the lengths of the rows."""
         c, _, inverse = solvers.unit_rows(gramian.numpy())
         v = inverse * solvers.pseudo_inverse_ones(c)
         total = v.sum()
@@ -177,7 +182,8 @@ class IMTLG(GramianWeighting):
             return self.checked((np.full(len(v), 1 / len(v)), False))
         if total < 0 and self.descend:
             return self.checked((-v / total, False))
-        return torch.from_numpy(v / total)
+        weights: Array = v / total
+        return torch.from_numpy(weights)
 
 
 class IMTL(IMTLG):
@@ -211,10 +217,13 @@ class IMTL(IMTLG):
         self.log_scale = nn.Parameter(self.per_objective(init))
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """IMTL-G on the rows times e^s."""
         scale = self.log_scale.detach()[present].exp()
-        return scale * super().solve(gramian * torch.outer(scale, scale), losses, present, step)
+        scaled = gramian * torch.outer(scale, scale)
+        return scale * super().solve(scaled, losses, present, step)
 
     def head_weights(self, weights: Tensor, present: Tensor) -> Tensor:
+        """The scales e^s, or the weights, which contain them."""
         return weights if self.heads == "weighted" else self.log_scale.detach()[present].exp()
 
     def objective(self, losses: Tensor, present: Tensor) -> Tensor:
@@ -225,8 +234,9 @@ class IMTL(IMTLG):
     def update(
         self, step: int, present: Tensor, losses: Tensor, gramian: Tensor | None = None
     ) -> None:
+        """Keep s within [-20, 20]: a loss that reaches 0 would drive it to infinity."""
         with torch.no_grad():
-            self.log_scale.clamp_(-20, 20)  # a loss that reaches 0 would drive s to infinity
+            self.log_scale.clamp_(-20, 20)
 
 
 class NashMTL(GramianWeighting):
@@ -252,7 +262,7 @@ class NashMTL(GramianWeighting):
         self,
         objectives: Sequence[Objective],
         *,
-        max_norm: float = 0.0,
+        max_norm: float = 1.0,
         heads: str = "weighted",
         **common: Any,
     ) -> None:
@@ -260,10 +270,11 @@ class NashMTL(GramianWeighting):
         self.max_norm = max_norm
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """The w > 0 with G w = 1 / w."""
         return self.shortened(gramian, alpha=1.0)
 
     def shortened(self, gramian: Tensor, alpha: float) -> Tensor:
-        """w of ``solvers.balance`` over the nonzero rows, the step shortened to ``max_norm``."""
+        """Solution of ``solvers.balance`` over the nonzero rows, the step shortened to ``max_norm``."""
         g = gramian.numpy()
         alive = g.diagonal() > 0
         w = np.ones(len(g))
@@ -294,7 +305,7 @@ class FairGrad(NashMTL):
         objectives: Sequence[Objective],
         *,
         alpha: float = 2.0,
-        max_norm: float = 0.0,
+        max_norm: float = 1.0,
         heads: str = "own",
         **common: Any,
     ) -> None:
@@ -302,6 +313,7 @@ class FairGrad(NashMTL):
         self.alpha = alpha
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """The w > 0 with G w = w^(-1/alpha)."""
         return self.shortened(gramian, self.alpha)
 
 
@@ -335,6 +347,7 @@ class AlignedMTL(GramianWeighting):
         self.tolerance = tolerance
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """Sqrt(scale) V S^(-1/2) V' p over the eigenvalues that are kept."""
         top = gramian.diagonal().max()
         if not float(top) > 0:
             return torch.full_like(losses, 1 / len(losses))
@@ -343,7 +356,8 @@ class AlignedMTL(GramianWeighting):
         values, vectors = values[kept], vectors[:, kept]
         scale = {"min": values[0], "median": values.median(), "rmse": values.mean()}
         root = (scale[self.scale_mode] / values).sqrt()
-        return vectors @ (root * vectors.mean(0))
+        weights: Tensor = vectors @ (root * vectors.mean(0))
+        return weights
 
 
 class UPGrad(GramianWeighting):
@@ -378,6 +392,7 @@ class UPGrad(GramianWeighting):
         self.norm_eps = norm_eps
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """1 / K + what the projections add."""
         g = gramian.numpy()
         preference = np.full(len(g), 1 / len(g))
         trace = float(g.trace())
@@ -413,6 +428,7 @@ class ConFIG(GramianWeighting):
     """
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """Coefficients x / length of the unit rows, times the sum of the projections."""
         c, length, inverse = solvers.unit_rows(gramian.numpy())
         x = solvers.pseudo_inverse_ones(c)
         projections = c @ x
@@ -476,7 +492,8 @@ class GradNorm(GramianWeighting):
     def update(
         self, step: int, present: Tensor, losses: Tensor, gramian: Tensor | None = None
     ) -> None:
-        if gramian is None:
+        """One step of w down its gradient, then the floor and the sum."""
+        if gramian is None or step % max(self.update_every, 1):
             return
         first = self.first_losses[present]
         first = torch.where(torch.isnan(first), losses.double(), first)
@@ -505,7 +522,8 @@ def surgery(gramian: Array, order: Array) -> Array:
     """PCGrad's coefficients [K, K]: row i holds the projected gradient i in terms of all rows."""
     rows = np.arange(len(gramian))
     coefficients = np.eye(len(gramian))
-    squared = np.where(gramian.diagonal() > 0, gramian.diagonal(), np.inf)
+    squared = gramian.diagonal()
+    squared = np.where(squared > 0, squared, np.inf)
     for j in order.T:  # all i at once, each with its own j [K]
         inner = (coefficients * gramian[j]).sum(1)
         coefficients[rows, j] -= np.minimum(inner, 0) / squared[j]
@@ -519,18 +537,18 @@ def vaccinate(
     rows = np.arange(len(gramian))
     coefficients = np.eye(len(gramian))
     target = target.copy()
-    length = np.sqrt(np.clip(gramian.diagonal(), 0, None))
+    length = np.sqrt(np.maximum(gramian.diagonal(), 0))
     for j in order.T:
-        inner = (coefficients * gramian[j]).sum(1)
-        own = np.sqrt(np.clip(((coefficients @ gramian) * coefficients).sum(1), 0, None))
+        products = coefficients @ gramian
+        own = np.sqrt(np.maximum((products * coefficients).sum(1), 0))
         divisor = own * length[j] + eps
-        alive = divisor > 0
-        cosine = np.divide(inner, divisor, out=np.zeros_like(inner), where=alive)
-        wanted = np.minimum(target[rows, j], 0.999)
+        cosine = products[rows, j] / np.where(divisor > 0, divisor, np.inf)
+        before = target[rows, j]
+        wanted = np.minimum(before, 0.999)
         root = np.sqrt(1 - wanted**2)
-        numerator = own * (wanted * np.sqrt(np.clip(1 - cosine**2, 0, None)) - cosine * root)
-        change = np.zeros_like(inner)
-        np.divide(numerator, length[j] * root + eps, out=change, where=alive & (cosine < wanted))
-        coefficients[rows, j] += change
-        target[rows, j] = (1 - beta) * target[rows, j] + beta * cosine
+        turn = own * (wanted * np.sqrt(np.maximum(1 - cosine**2, 0)) - cosine * root)
+        divisor = length[j] * root + eps
+        turn /= np.where(divisor > 0, divisor, np.inf)
+        coefficients[rows, j] += np.where(cosine < wanted, turn, 0)
+        target[rows, j] = (1 - beta) * before + beta * cosine
     return coefficients, target

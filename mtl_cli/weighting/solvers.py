@@ -9,6 +9,8 @@ raises on degenerate input; where the answer is not certain, the second result i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,9 +21,10 @@ RANK_TOLERANCE = 1e-10  # eigenvalues of C below this share of the largest count
 
 def unit_rows(gramian: Array) -> tuple[Array, Array, Array]:
     """Gramian of the unit rows, lengths and inverse lengths (0 for a zero row)."""
-    length = np.sqrt(np.clip(gramian.diagonal(), 0, None))
-    inverse = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
-    return gramian * inverse[:, None] * inverse, length, inverse
+    length = np.sqrt(np.maximum(gramian.diagonal(), 0))
+    inverse = 1 / np.where(length > 0, length, np.inf)
+    c: Array = gramian * inverse[:, None] * inverse
+    return c, length, inverse
 
 
 def project_simplex(point: Array) -> Array:
@@ -29,7 +32,8 @@ def project_simplex(point: Array) -> Array:
     falling = np.sort(point)[::-1]
     excess = (np.cumsum(falling) - 1) / np.arange(1, len(point) + 1)
     last = int(np.nonzero(falling > excess)[0][-1])
-    return np.clip(point - excess[last], 0, None)
+    projected: Array = np.maximum(point - excess[last], 0)
+    return projected
 
 
 def pseudo_inverse_ones(c: Array) -> Array:
@@ -84,7 +88,8 @@ def _block_pivot(h: Array, q: Array) -> Array | None:
         wrong = np.where(passive, x, slack) < -tolerance
         count = wrong.sum(1)
         if not count.any():
-            return np.clip(x, 0, None).T
+            found: Array = np.maximum(x, 0).T
+            return found
         better = count < fewest
         fewest = np.where(better, count, fewest)
         chances = np.where(better, 3, chances - 1)
@@ -99,7 +104,7 @@ def _block_pivot(h: Array, q: Array) -> Array | None:
 def _on_support(
     h: Array, q: Array, passive: npt.NDArray[np.bool_], identity: Array
 ) -> tuple[Array | None, Array]:
-    """x [M, K] with (Hx + q) = 0 on the passive set and x = 0 outside; slack Hx + q."""
+    """Rows x [M, K] with (Hx + q) = 0 on the passive set and x = 0 outside; slack Hx + q."""
     try:
         if len(passive) == 1:
             x = np.zeros_like(q.T)
@@ -150,7 +155,8 @@ def min_norm(gramian: Array) -> tuple[Array, bool]:
     """
     c, length, inverse = unit_rows(gramian)
     if length.min() == 0:
-        return (length == 0) / (length == 0).sum(), True
+        dead: Array = np.asarray(length == 0, dtype=np.float64)
+        return dead / dead.sum(), True
     ratio = length.min() * inverse  # 1 for the shortest row
     h = c + np.outer(ratio, ratio)
     diagonal = 1 / np.sqrt(h.diagonal())
@@ -168,7 +174,7 @@ def min_norm(gramian: Array) -> tuple[Array, bool]:
 def _resolve(c: Array, right: Array, found: Array) -> Array:
     """C^-1 r if it is positive and well determined, else what was found before."""
     try:
-        z = np.linalg.solve(c, right)
+        z: Array = np.linalg.solve(c, right)
     except np.linalg.LinAlgError:
         return found
     return z if (z > 0).all() and z.max() < 1e7 * right.max() else found
@@ -242,7 +248,7 @@ def _newton(h: Array, target: Array, alpha: float) -> Array | None:
             step = -np.linalg.solve(curvature, gradient)
         except np.linalg.LinAlgError:
             return None
-        decrement = float(np.sqrt(max(-(gradient @ step), 0.0)))
+        decrement = math.sqrt(max(-float(gradient @ step), 0.0))
         relative = float(np.abs(step / v).max()) * max(1.0, (1 + 1 / alpha) / 2)
         damping = 1.0 if relative < 0.25 else max(1 / (1 + relative), 1 / (1 + decrement))
         shrink = float((step / v).min())
@@ -273,31 +279,51 @@ def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
     w, certain = uniform, True
     for _ in range(100):
         w, certain = min_norm(g + t * (q[:, None] + q) + t * t * mean)
-        size = float(np.sqrt(max(w @ g @ w, 0.0)))
-        if size > s * t:
+        following, exact = _on_piece(g, q, w, s)
+        if exact is not None:
+            w, certain = exact, True
+            break
+        if _length(g, w) > s * t:
             low = t
         else:
             high = t
-        following = _on_piece(g, q, w, s)
-        if high - low <= 4 * EPS * high or abs(following - t) <= 1e-14 * t:
+        if high - low <= 4 * EPS * high:
             break
         t = following if low < following < high else (low + high) / 2
-    size = float(np.sqrt(max(w @ g @ w, 0.0)))
+    size = _length(g, w)
     if size <= 1e-9:
         return w, 0.0, False
     return w, s / size, certain
 
 
-def _on_piece(g: Array, q: Array, w: Array, s: float) -> float:
-    """The t at which |x(t)| = s t on the support of w; nan if there is none."""
+def _length(g: Array, w: Array) -> float:
+    return math.sqrt(max(float(w @ g @ w), 0.0))
+
+
+def _on_piece(g: Array, q: Array, w: Array, s: float) -> tuple[float, Array | None]:
+    """The t at which |x(t)| = s t on the support of w (nan if none); w there, if it is optimal."""
     on = np.flatnonzero(w > 0)
+    piece = g[on][:, on]
+    right = np.ones((len(on), 2))
+    right[:, 1] = q[on]
     try:
-        ones, bent = np.linalg.solve(
-            g[np.ix_(on, on)], np.stack([np.ones(len(on)), q[on]], 1)
-        ).T
+        ones, bent = np.linalg.solve(piece, right).T
     except np.linalg.LinAlgError:
-        return float("nan")
-    a = ones.sum()
+        return float("nan"), None
+    a = float(ones.sum())
     turn = ones * (bent.sum() / a) - bent
-    room = s * s - turn @ g[np.ix_(on, on)] @ turn
-    return float(1 / np.sqrt(a * room)) if a > 0 and room > 0 else float("nan")
+    room = s * s - float(turn @ piece @ turn)
+    if not (a > 0 and room > 0):
+        return float("nan"), None
+    t = float(1 / np.sqrt(a * room))
+    exact = np.zeros_like(w)
+    exact[on] = ones / a + t * turn
+    slope = g @ exact + t * q
+    level = slope[on].mean()
+    tolerance = 1e-12 * np.abs(slope).max()
+    optimal = (
+        exact.min() >= 0
+        and abs(slope[on] - level).max() <= tolerance
+        and slope.min() >= level - tolerance
+    )
+    return t, exact if optimal else None
