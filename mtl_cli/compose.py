@@ -111,7 +111,7 @@ class Composer:
         if _UserDirectories not in Plugins.instance().discover(SearchPathPlugin):
             Plugins.instance().register(_UserDirectories)
         GlobalHydra.instance().clear()
-        initialize_config_dir(str(self.home), job_name="mtl", **_version_base())
+        initialize_config_dir(str(self.home), job_name="mtl", **version_base())
         self.loader = GlobalHydra.instance().config_loader()
 
     def compose(self, overrides: Sequence[str]) -> Composed:
@@ -120,7 +120,7 @@ class Composer:
         tree = compose(ROOT_CONFIG, overrides=named, return_hydra_config=True)
         hydra = tree.hydra
         choices = {str(k): v for k, v in hydra.runtime.choices.items()}
-        cfg = OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"])
+        cfg = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
         OmegaConf.set_struct(cfg, False)
         composed = Composed(cfg, hydra, choices, list(overrides))
         for key, option in choices.items():
@@ -194,7 +194,7 @@ def _short(path: Path) -> str:
 
 
 @functools.cache
-def _version_base() -> dict[str, Any]:
+def version_base() -> dict[str, Any]:
     """Hydra 1.3 wants ``version_base``; later ones may not have it."""
     wanted = "version_base" in inspect.signature(initialize_config_dir.__init__).parameters
     return {"version_base": "1.3"} if wanted else {}

@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 import mtl_cli
 from mtl_cli.allow import NODES, refuse
 from mtl_cli.errors import ConfigError, SafetyError, nearest
-from mtl_cli.metric_names import METRICS
-from mtl_cli.schema import GROUPS, INJECTED, OUTPUT, ROOT, TYPES, outside
+from mtl_cli.outputs import task_problems
+from mtl_cli.schema import GROUPS, INJECTED, ROOT, TYPES, outside, words
 from mtl_cli.signature import Signature, fits, signature
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class _Check:
         if value is _ABSENT or value == "???":
             return
         if not fits(value, TYPES[key]):
-            self._say(key, f"{key}: wrong type (found {value!r}, expected {_words(TYPES[key])})")
+            self._say(key, f"{key}: wrong type (found {value!r}, expected {words(TYPES[key])})")
 
     def _ranged(self) -> None:
         for path, value in _leaves(self.tree, lists=True):
@@ -193,7 +193,7 @@ class _Check:
                 annotation = shape.parameters[name].annotation
                 if not fits(given, annotation):
                     self._say(
-                        path, f"{path}: wrong type (found {given!r}, expected {_words(annotation)})"
+                        path, f"{path}: wrong type (found {given!r}, expected {words(annotation)})"
                     )
         for name, parameter in shape.parameters.items():
             if parameter.required and name not in injected and name not in value:
@@ -208,9 +208,13 @@ class _Check:
             path, default = f"{node}.{name}", schema.get(name)
             if name not in schema:
                 self._unknown(node, name, schema)
-            elif default is not None and path not in TYPES and not fits(given, type(default).__name__):
+            elif (
+                default is not None
+                and path not in TYPES
+                and not fits(given, type(default).__name__)
+            ):
                 kind = type(default).__name__
-                self._say(path, f"{path}: wrong type (found {given!r}, expected {_words(kind)})")
+                self._say(path, f"{path}: wrong type (found {given!r}, expected {words(kind)})")
 
     def _unknown(self, node: str, name: str, names: Mapping[str, Any] | set[str]) -> None:
         known = sorted(n for n in names if not n.startswith("_"))
@@ -227,106 +231,16 @@ class _Check:
                 self._stray_targets(f"{path}.{index}", part)
         if not isinstance(value, dict):
             return
-        if "_target_" in value and (refusal := refuse(path, value["_target_"])):
-            self._say(f"{path}._target_", refusal, unsafe=not _is_typo(path, value["_target_"]))
+        node = re.sub(r"^schedule\.stages\.[^.]+\.(resolved\.)?(?=.)", "", path)
+        if "_target_" in value and (refusal := refuse(node, value["_target_"])):
+            self._say(f"{path}._target_", refusal, unsafe=not _is_typo(node, value["_target_"]))
         for name, part in value.items():
             inner = f"{path}.{name}" if path else str(name)
-            inner = re.sub(r"^schedule\.stages\.[^.]+\.(resolved\.)?", "", inner)
             self._stray_targets(inner, part)
 
     def _tasks(self, where: str, tree: Mapping[str, Any]) -> None:
-        """Heads, losses and metrics against the declared outputs."""
-        task = tree.get("task")
-        if not isinstance(task, dict):
-            self._say("task", f"{where}task: not a task (found {task!r})")
-            return
-        for key in task:
-            if key not in {"name", "outputs", "metrics"}:
-                hint = nearest(key, ("name", "outputs", "metrics"))
-                self._say(f"task.{key}", f"{where}unknown key 'task.{key}'{hint}")
-        outputs = task.get("outputs")
-        if not isinstance(outputs, dict) or not outputs:
-            self._say("task.outputs", f"{where}task.outputs: empty (expected at least one output)")
-            return
-        for name, output in outputs.items():
-            self._output(f"{where}task.outputs.{name}", output)
-        for node in ("heads", "losses"):
-            self._match(where, node, tree.get(node) or {}, outputs)
-        self._metrics(where, task.get("metrics") or {}, outputs)
-
-    def _output(self, where: str, output: Any) -> None:
-        if not isinstance(output, dict):
-            self._say(where, f"{where}: not an output (found {output!r}, expected {{kind: ...}})")
-            return
-        for key, value in output.items():
-            if key not in OUTPUT:
-                self._say(where, f"unknown key '{where}.{key}'{nearest(key, OUTPUT)}")
-            elif not fits(value, OUTPUT[key]):
-                self._say(
-                    where,
-                    f"{where}.{key}: wrong type (found {value!r}, expected {_words(OUTPUT[key])})",
-                )
-        kind, classes = output.get("kind"), output.get("classes")
-        if kind not in METRICS:
-            expected = ", ".join(METRICS)
-            hint = nearest(str(kind), METRICS)
-            self._say(where, f"{where}.kind: not a kind (found {kind}, expected {expected}){hint}")
-        elif kind in {"multiclass", "multilabel"} and not classes:
-            self._say(where, f"{where}: {kind} needs its classes; add classes: [...]")
-        elif kind == "binary" and classes and len(classes) != 2:
-            self._say(where, f"{where}.classes: wrong number (found {len(classes)}, expected 2)")
-        if isinstance(classes, list) and len({str(c) for c in classes}) < len(classes):
-            self._say(where, f"{where}.classes: a name twice (found {classes})")
-        if isinstance(output.get("scale"), (int, float)) and output["scale"] <= 0:
-            self._say(where, f"{where}.scale: out of range (found {output['scale']}, expected > 0)")
-
-    def _match(
-        self, where: str, node: str, parts: Mapping[str, Any], outputs: Mapping[str, Any]
-    ) -> None:
-        """One head and one loss per output, of a class that takes its kind."""
-        for name in parts:
-            if name not in outputs:
-                self._say(
-                    f"{node}.{name}",
-                    f"{where}{node}.{name}: task has no '{name}' (has {', '.join(outputs)})",
-                )
-        for name, output in outputs.items():
-            if name not in parts:
-                one = {"heads": "head", "losses": "loss"}[node]
-                self._say(node, f"{where}{node}: output '{name}' has no {one}; add {node}.{name}=NAME")
-                continue
-            part, kind = parts[name], output.get("kind") if isinstance(output, dict) else None
-            target = part.get("_target_") if isinstance(part, dict) else None
-            shape = None if target is None or refuse(node, target) else signature(str(target))
-            kinds = shape.attributes.get("kinds") if shape else None
-            if shape and kind in METRICS and kinds and kind not in kinds:
-                self._say(
-                    f"{node}.{name}",
-                    f"{where}{node}.{name}: {shape.name} does not fit a {kind} output "
-                    f"(expected {' or '.join(kinds)}); choose another with {node}.{name}=NAME",
-                )
-
-    def _metrics(self, where: str, metrics: Any, outputs: Mapping[str, Any]) -> None:
-        if not isinstance(metrics, dict):
-            self._say("task.metrics", f"{where}task.metrics: not a mapping (found {metrics!r})")
-            return
-        for name, chosen in metrics.items():
-            path = f"{where}task.metrics.{name}"
-            if name not in outputs:
-                self._say(path, f"{path}: task has no '{name}' (has {', '.join(outputs)})")
-                continue
-            kind = outputs[name].get("kind") if isinstance(outputs[name], dict) else None
-            known = METRICS.get(str(kind), {})
-            if not isinstance(chosen, list):
-                self._say(path, f"{path}: not a list (found {chosen!r}, expected [{', '.join(known)}])")
-                continue
-            for metric in chosen:
-                if known and metric not in known:
-                    self._say(
-                        path,
-                        f"{path}: no metric '{metric}' for a {kind} output "
-                        f"(expected {', '.join(known)}){nearest(str(metric), known)}",
-                    )
+        for key, text in task_problems(tree):
+            self._say(key, f"{where}{text}")
 
     def _stages(self) -> None:
         """Keys of the stages, and the tasks that they bring along."""
@@ -413,15 +327,6 @@ def _is_typo(node: str, target: object) -> bool:
     """A name of our own package that does not exist: a mistake, not an attack."""
     prefixes = NODES.get(node.split(".")[0], ())
     return isinstance(target, str) and any(target.startswith(prefix) for prefix in prefixes)
-
-
-def _words(annotation: str) -> str:
-    """An annotation as people say it."""
-    text = re.sub(r"Sequence\[(.+?)\]", r"list of \1", annotation)
-    text = re.sub(r"Mapping\[\w+, (.+?)\]|dict\[\w+, (.+?)\]", r"mapping to \1", text)
-    for name, word in {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}.items():
-        text = re.sub(rf"\b{name}\b", word, text)
-    return text.replace("None", "null").replace(" | ", " or ")
 
 
 def to_text(cfg: DictConfig) -> str:

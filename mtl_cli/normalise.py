@@ -107,7 +107,10 @@ def _only(cfg: DictConfig) -> list[str]:
 
 
 def _stage_task(
-    where: str, stage: DictConfig, task_config: Callable[[str], DictConfig], overrides: Sequence[str]
+    where: str,
+    stage: DictConfig,
+    task_config: Callable[[str], DictConfig],
+    overrides: Sequence[str],
 ) -> list[str]:
     """Compose the task of one stage and store it beside its name."""
     from mtl_cli.errors import ConfigError

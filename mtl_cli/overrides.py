@@ -42,7 +42,7 @@ class Command:
     overrides: list[str]
     argv: list[str]
     multirun: bool = False
-    list: bool = False
+    list_jobs: bool = False
     dry_run: bool = False
     help: bool = False
     config_dirs: list[str] = field(default_factory=list)
@@ -51,6 +51,7 @@ class Command:
     package: str | None = None
     resolve: bool = False
     info: str | None = None
+    debug: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str]) -> Command:
     parser = Parser(prog="mtl train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--list", action="store_true", dest="list_jobs")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-cd", "--config-dir", action="append", default=[], dest="config_dirs")
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str]) -> Command:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("-i", "--info", nargs="?", const="all")
+    parser.add_argument("--debug", action="store_true")
     found = vars(parser.parse_intermixed_args(list(argv)))
     found["overrides"] = [repair(text) for text in found["overrides"]]
     return Command(argv=list(argv), **found)
@@ -103,7 +105,9 @@ def repair(text: str) -> str:
         return f"{match[1]}@{key}={value}" if option else text
     if key == "task" or re.fullmatch(r"schedule\.stages\.[\w-]+\.task", key):
         return f"{key}={','.join(_absolute(part) for part in _split(value))}"
-    if key in TEXT and re.fullmatch(r"[\d._+-][\w.+-]*|true|false|yes|no|on|off", value, re.I):
+    if key in TEXT and re.fullmatch(
+        r"[\d._+-][\w.+-]*|true|false|yes|no|on|off", value, re.IGNORECASE
+    ):
         return f"{key}='{value}'"
     return text
 
@@ -220,7 +224,9 @@ class _Resolver:
             if isinstance(override, str):
                 self.problems.append(override + self._meant(text))
             elif override.is_sweep_override():
-                line = command_line([a for a in self.command.argv if a not in ("-m", "--multirun")], "-m")
+                line = command_line(
+                    [a for a in self.command.argv if a not in ("-m", "--multirun")], "-m"
+                )
                 self.problems.append(f"{text}: several values; did you mean: {line}")
             else:
                 yield text, override
@@ -259,9 +265,7 @@ class _Resolver:
         self.problems.append(f"no '{option}' in group '{group}'{close or ';'} choices: {listed}")
         return False
 
-    def _explain(
-        self, choices: list[str], values: list[tuple[str, Override]]
-    ) -> Composed | None:
+    def _explain(self, choices: list[str], values: list[tuple[str, Override]]) -> Composed | None:
         """Compose from the choices alone, then judge every value against that tree."""
         plain = [text for text in choices if "@" not in text.partition("=")[0]]
         base = self._compose(plain, quiet=bool(self.problems))
@@ -280,7 +284,7 @@ class _Resolver:
         key = text.lstrip("+~").partition("=")[0]
         if key in base.choices or text.startswith("+"):
             return True
-        group, _, package = key.partition("@")
+        package = key.partition("@")[2]
         node, _, name = package.partition(".")
         if node in {"heads", "losses"} and name:
             self.problems.append(_no_output(base.cfg, name))
@@ -330,7 +334,7 @@ class _Resolver:
             if name in FREE:
                 return True
             node = OmegaConf.select(cfg, parent) if parent else None
-            target = node.get("_target_") if OmegaConf.is_dict(node) else None
+            target = node.get("_target_") if isinstance(node, DictConfig) else None
             shape = signature(target) if isinstance(target, str) else None
             if shape and name in shape.parameters and is_mapping(shape.parameters[name].annotation):
                 return "stages" not in parts[:index]
@@ -388,4 +392,10 @@ def _first_lines(error: BaseException) -> str:
     cause = error.__cause__ or error.__context__
     texts = [str(error), str(cause) if cause and str(cause) not in str(error) else ""]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    return " ".join(line for line in lines[:4] if not line.startswith("To append to your config"))
+    wanted = []
+    for line in lines[:5]:
+        if line.startswith("Config search path"):
+            break
+        if not line.startswith("To append to your config"):
+            wanted.append(line)
+    return " ".join(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 TYPES: dict[str, str] = {
@@ -68,7 +69,7 @@ RANGES: dict[str, str] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "on_nonfinite": ("skip", "stop"),
     "display": ("auto", "rich", "plain"),
-    "precision.dtype": ("auto", "fp32", "bf16", "fp16"),
+    "precision.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
 }
 # Nodes that groups of options fill.
 GROUPS = (
@@ -116,3 +117,17 @@ def _within(condition: str, value: Any) -> bool:
     }
     parts = (part.split() for part in condition.split(" and "))
     return all(compare[sign](value, float(bound)) for sign, bound in parts)
+
+
+def words(annotation: str) -> str:
+    """An annotation as people say it."""
+    text = re.sub(r"Sequence\[(.+?)\]", r"list of \1", annotation)
+    text = re.sub(r"Mapping\[\w+, (.+?)\]|dict\[\w+, (.+?)\]", r"mapping to \1", text)
+    for name, word in {
+        "int": "whole number",
+        "float": "number",
+        "bool": "true or false",
+        "str": "text",
+    }.items():
+        text = re.sub(rf"\b{name}\b", word, text)
+    return text.replace("None", "null").replace(" | ", " or ")

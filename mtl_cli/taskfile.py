@@ -1,11 +1,15 @@
 """A task of the user's own in one YAML file: expanded to what a task of the tree looks like.
 
+For example:
+
     name: products
     outputs: {price: {kind: regression, unit: EUR}, brand: {kind: multiclass, classes: [a, b]}}
     data: {root: photos, table: labels.csv}    # keys of conf/data/csv.yaml; source: NAME for another
     metrics: {price: [mae]}                    # optional, by kind
     heads: auto                                # or {price: mlp}
     losses: auto                               # or {price: smooth_l1}
+
+Paths are looked for beside the file first, then in the working directory.
 """
 
 from __future__ import annotations
@@ -70,7 +74,9 @@ def expand(path: Path) -> dict[str, Any]:
         ConfigError: every problem of the file at once.
     """
     if not path.is_file():
-        raise ConfigError(f"task={path}: no such file; mtl data inspect csv ... --write {path.name}")
+        raise ConfigError(
+            f"task={path}: no such file; mtl data inspect csv ... --write {path.name}"
+        )
     raw = read_yaml(path)
     problems = [
         f"{path.name}: unknown key '{key}'{nearest(key, KEYS)}" for key in raw if key not in KEYS
