@@ -111,26 +111,36 @@ def final_table(summary: Mapping[str, Any]) -> None:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The end of a sweep.
+    """The end of a sweep: every job, its score, the first metric of every task, its failure.
 
     Args:
-        rows: per job ``job`` (its key), ``state``, ``score``, ``metrics`` {name: value},
-            ``seconds`` and ``error`` (the last line of it); all but ``job`` may be missing.
+        rows: per job ``job`` (its key), ``state``, ``score``, ``metrics`` and ``units`` {task:
+            {name: value}}, ``seconds``, ``exit_code`` and ``reason`` (the last line of its
+            failure); all but ``job`` may be missing.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row.get("metrics") or {}))
+    columns: dict[tuple[str, str], str] = {}  # task and metric -> header
+    for row in rows:
+        for task, metrics in (row.get("metrics") or {}).items():
+            for name in list(metrics)[:1]:
+                of = (row.get("units") or {}).get(task, {}).get(name, "")
+                columns.setdefault((task, name), f"{task} {name}" + (f" ({of})" if of else ""))
     known = [row["score"] for row in rows if row.get("score") is not None]
-    lines = [
-        [
-            str(row["job"]),
-            str(row.get("state", "-")),
-            number(row.get("score")) + ("*" if known and row.get("score") == max(known) else ""),
-            *(number((row.get("metrics") or {}).get(name)) for name in names),
-            duration(row.get("seconds")),
-            str(row.get("error") or ""),
-        ]
-        for row in rows
-    ]
-    for line in table(["job", "state", "score", *names, "time", "error"], lines):
+    best = max(known, default=None)
+    lines = []
+    for row in rows:
+        score, metrics, state = row.get("score"), row.get("metrics") or {}, row.get("state", "-")
+        code = row.get("exit_code")
+        lines.append(
+            [
+                str(row["job"]),
+                f"{state} ({code})" if code else str(state),
+                number(score) + ("*" if score is not None and score == best else ""),
+                *(number(metrics.get(task, {}).get(name)) for task, name in columns),
+                duration(row.get("seconds")),
+                str(row.get("reason") or ""),
+            ]
+        )
+    for line in table(["job", "state", "score", *columns.values(), "time", ""], lines):
         say(line)
     states = [str(row.get("state", "-")) for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
