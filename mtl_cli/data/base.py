@@ -21,9 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_cli.data import labels, split
+from mtl_cli.data import split
 from mtl_cli.data.cache import MODES, Progress, Store, open_store
 from mtl_cli.data.images import POLICIES
+from mtl_cli.data.labels import (
+    SHOWN,
+    Problem,
+    check,
+    constant,
+    declare,
+    encode,
+    resolve,
+    summed,
+)
 from mtl_cli.data.loader import MAX_WORKERS, Images, Loader, Pixels, Request, available_cores
 from mtl_cli.data.transforms import Augment
 from mtl_cli.errors import ConfigError, DataError
@@ -55,7 +65,7 @@ class Table:
     split: list[str] | None = None
     group: list[str] | None = None
     notes: list[str] = field(default_factory=list)
-    problems: list[labels.Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def where(self, row: int) -> str:
         """Name a row for a message: its place in the table and its file."""
@@ -68,7 +78,7 @@ class Source(ABC):
 
     name = "data"
 
-    def prepare(self, cache_dir: Path | None, progress: Progress | None = None) -> None:
+    def prepare(self, cache_dir: Path | None, progress: Progress | None = None) -> None:  # noqa: B027
         """Find the files, unpack archives; called once before :meth:`table`.
 
         Args:
@@ -179,22 +189,22 @@ class DataSet:
         self.source, self.options, self.augment, self.seed = source, options, augment, seed
         self.device = torch.device(device)
         self.progress: Progress | None = None
-        declared = labels.declare(outputs, metrics or {})
+        declared = declare(outputs, metrics or {})
         self.cache_dir = Path(options.cache_dir).expanduser() if options.cache_dir else None
         source.prepare(self.cache_dir)
         self.table = source.table(outputs)
         if not self.table.files:
             raise DataError("data: the table has no row")
-        self._bad = labels.check(self.table, declared, options.bad_label)
+        self._bad = check(self.table, declared, options.bad_label)
         given, group = self.table.split, self.table.group
         drawn = split.assign(len(self.table.files), options.split_seed, given, group)
         self.splits = split.restrict(drawn, options.limit, options.fraction)
-        self.tasks = labels.resolve(declared, outputs, self.table, self.splits["train"], statistics)
+        self.tasks = resolve(declared, outputs, self.table, self.splits["train"], statistics)
         self.targets: dict[str, Tensor] = {}
         self.valid: dict[str, Tensor] = {}
         for task in self.tasks:
             raw = self.table.labels[task.name]
-            self.targets[task.name], self.valid[task.name] = labels.encode(task, raw)
+            self.targets[task.name], self.valid[task.name] = encode(task, raw)
         self._refuse_unlabelled()
         self.fingerprint = self._fingerprint()
         self._bad_images: dict[int, str] = {}
@@ -255,7 +265,7 @@ class DataSet:
         failed = fill(
             self.store,
             rows,
-            stop_after=labels.SHOWN if strict else None,
+            stop_after=SHOWN if strict else None,
             progress=progress or self.progress,
         )
         self._exclude(failed)
@@ -306,7 +316,7 @@ class DataSet:
         """Best constant prediction per task from the training labels, in encoded terms."""
         rows = self.splits["train"]
         return {
-            task.name: labels.constant(task, self.targets[task.name][rows],
+            task.name: constant(task, self.targets[task.name][rows],
                                        self.valid[task.name][rows])
             for task in self.tasks
         }  # fmt: skip
@@ -361,9 +371,9 @@ class DataSet:
         """Take the labels of images that cannot be decoded out, or refuse them."""
         new = {row: text for row, text in failed.items() if row not in self._bad_images}
         if new and self.options.bad_image == "error":
-            lines = [self._named(row, text) for row, text in sorted(new.items())[: labels.SHOWN]]
+            lines = [self._named(row, text) for row, text in sorted(new.items())[:SHOWN]]
             remedy = "mtl data check lists all, data.bad_image=mask trains without them"
-            raise DataError(labels.summed(lines, len(new), remedy))
+            raise DataError(summed(lines, len(new), remedy))
         for row, text in new.items():
             log.warning("masked: %s", self._named(row, text))
             for task in self.tasks:

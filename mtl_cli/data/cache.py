@@ -187,7 +187,7 @@ class Disk(Store):
         """Write one image in place; a full disk is an OSError here, never a bus error."""
         if self._file is None:
             self._file = os.open(self.path / "pixels.u8", os.O_WRONLY)
-        data, at = memoryview(np.ascontiguousarray(pixels)).cast("B"), row * self._bytes
+        data, at = memoryview(pixels.tobytes()), row * self._bytes
         while data:
             done = os.pwrite(self._file, data, at)
             data, at = data[done:], at + done

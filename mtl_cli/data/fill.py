@@ -27,7 +27,8 @@ class _Decoding(Dataset[Outcome]):
 
     def __getitem__(self, rows: Sequence[int]) -> Outcome:
         """Rows written, rows that cannot be decoded with the reason, and a full disk's message."""
-        done, failed = [], []
+        done: list[int] = []
+        failed: list[tuple[int, str]] = []
         for row in rows:
             try:
                 pixels = self.store.source.image(row, self.store.size, self.store.resize)

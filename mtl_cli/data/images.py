@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mtl_cli.errors import DataError
 
@@ -142,7 +142,7 @@ def _to_eight_bits(image: Image.Image, name: str) -> Image.Image | None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"not an image that can be read (expected one of {', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
         return f"too large (limit {MAX_PIXELS // 1_000_000} megapixels); scale it down"

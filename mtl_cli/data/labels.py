@@ -111,6 +111,8 @@ def check(table: Table, tasks: Sequence[Task], policy: str) -> dict[str, Tensor]
     """Find the labels that no loss could use, and blank them out (NaN) in the table.
 
     Args:
+        table: its labels are changed in place.
+        tasks: what is declared.
         policy: ``error`` raises on the first few, ``mask`` treats them as missing.
 
     Returns:

@@ -54,6 +54,7 @@ def restrict(splits: dict[str, list[int]], limit: int | None, fraction: float) -
     Smaller sets are subsets of larger ones, so that a data-size sweep is nested.
 
     Args:
+        splits: rows in shuffled order, as :func:`assign` returns them.
         limit: training samples at most; validation and test are capped at ``limit // 8``.
         fraction: share of the training samples, 0..1; validation and test stay whole.
 

@@ -26,7 +26,7 @@ from mtl_cli.errors import ConfigError, nearest
 from mtl_cli.task import mix64
 
 SCENE = 64.0
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("circle", "ring", "square", "triangle", "cross")
 COLOURS = {  # hue in degrees
     "red": 0.0,
     "yellow": 55.0,
@@ -35,7 +35,7 @@ COLOURS = {  # hue in degrees
     "blue": 235.0,
     "magenta": 300.0,
 }
-SMALLEST, LARGEST = 12.0, 40.0  # diameter of the enclosing circle
+SMALLEST, LARGEST = 20.0, 52.0  # diameter of the enclosing circle
 _OVERSAMPLE = 2
 Colour = tuple[int, int, int]
 Outline = list[tuple[float, float]]
@@ -99,7 +99,7 @@ class Scene:
     clutter: tuple[tuple[float, float, float, float, float, int], ...]
 
 
-def scene(seed: int, row: int, difficulty: float = 0.5) -> Scene:
+def scene(seed: int, row: int, difficulty: float = 0.4) -> Scene:
     """Draw one scene.
 
     Args:
@@ -112,17 +112,18 @@ def scene(seed: int, row: int, difficulty: float = 0.5) -> Scene:
     size = SMALLEST + (LARGEST - SMALLEST) * draw()
     inside = SCENE - size
     centre = (size / 2 + inside * draw(), size / 2 + inside * draw())
-    degrees = list(COLOURS.values())[hue] + difficulty * 36.0 * (draw() - 0.5)
+    degrees = list(COLOURS.values())[hue] + difficulty * 80.0 * (draw() - 0.5)
     saturation = 0.9 - difficulty * (0.1 + 0.5 * draw())
     colour = _rgb(degrees, saturation, 0.95 - difficulty * 0.45 * draw())
-    shape = Shape(kind, hue, colour, centre, size, 2 * math.pi * draw())
+    angle = math.pi * difficulty * 0.5 * (draw() - 0.5)
+    shape = Shape(kind, hue, colour, centre, size, angle)
     tint = _rgb(360.0 * draw(), 0.35 * difficulty * draw(), 0.25 + 0.5 * draw())
     strokes = tuple(
         (SCENE * draw(), SCENE * draw(), SCENE * draw(), SCENE * draw(),
          0.6 + 1.6 * draw(), int(255 * draw()))
         for _ in range(round(6 * difficulty))
     )  # fmt: skip
-    return Scene(mix64(seed, row, 1), tint, 90.0 * difficulty, 16.0 * difficulty, (shape,), strokes)
+    return Scene(mix64(seed, row, 1), tint, 60.0 * difficulty, 12.0 * difficulty, (shape,), strokes)
 
 
 def render(view: Scene, size: int) -> np.ndarray:
@@ -135,7 +136,9 @@ def render(view: Scene, size: int) -> np.ndarray:
     scale = size * _OVERSAMPLE / SCENE
     coarse = noise.random((8, 8, 3), np.float32) - 0.5
     coarse += noise.random((8, 8, 1), np.float32) - 0.5
-    ground = np.clip(np.float32(view.tint) + view.contrast * coarse, 0, 255).astype(np.uint8)
+    ground = np.clip(np.array(view.tint, np.float32) + view.contrast * coarse, 0, 255).astype(
+        np.uint8
+    )
     side = size * _OVERSAMPLE
     canvas = Image.fromarray(ground).resize((side, side), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
@@ -162,7 +165,7 @@ class Synthetic(Source):
 
     name = "synthetic"
 
-    def __init__(self, count: int = 2000, difficulty: float = 0.5, scene_seed: int = 0) -> None:
+    def __init__(self, count: int = 4000, difficulty: float = 0.4, scene_seed: int = 0) -> None:
         problems = []
         if count < 3:
             problems.append(f"data.count: found {count}, expected 3 or more")
@@ -221,8 +224,9 @@ class Synthetic(Source):
 def _corners(shape: str) -> tuple[tuple[float, float], ...]:
     """Outline of a shape in polar coordinates (radius, angle), enclosing circle of radius 1."""
     turn = 2 * math.pi
-    if shape == "star":
-        return tuple((1.0 if k % 2 == 0 else 0.45, turn * k / 10) for k in range(10))
+    if shape == "ring":  # outer edge, then the inner one backwards: one polygon with a hole
+        outer = [(1.0, turn * k / 48) for k in range(49)]
+        return (*outer, *((0.55, -angle) for _, angle in outer))
     if shape == "cross":
         arm = 0.32
         half = math.sqrt(1 - arm * arm)
