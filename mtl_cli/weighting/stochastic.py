@@ -89,6 +89,8 @@ class SDMGrad(_ThreeBatches):
         lr: step of the inner problem.
         momentum: of the inner problem.
         iterations: of the inner problem.
+        eps: added to the squared mean row length, in squared gradients, as the authors do; it
+            makes gradients shorter than 1e-4 count as small. 0 scales with the gradients.
         common: see :class:`GramianWeighting`.
 
     Shape:
@@ -103,6 +105,7 @@ class SDMGrad(_ThreeBatches):
         lr: float = 5.0,
         momentum: float = 0.5,
         iterations: int = 20,
+        eps: float = 1e-8,
         **common: Any,
     ) -> None:
         super().__init__(objectives, **common)
@@ -110,6 +113,7 @@ class SDMGrad(_ThreeBatches):
         self.lr = lr
         self.momentum = momentum
         self.iterations = iterations
+        self.eps = eps
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """(w + lambda p) / (1 + lambda) after the inner steps."""
@@ -120,7 +124,7 @@ class SDMGrad(_ThreeBatches):
         mass = float(self.simplex[present].sum())
         w = self.simplex[present].numpy() / mass if mass > 0 else preference
         if length > 0:
-            g = g / length**2
+            g = g / (length**2 + self.eps)
             velocity = np.zeros(count)
             for _ in range(self.iterations):
                 velocity = self.momentum * velocity + g @ (w + self.mean_pull * preference)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 TRANSFORMS = ("identity", "log", "initial")
-SMALLEST = 1e-8  # losses are clamped here before a logarithm or a division
+SMALLEST = 1e-8  # guards a logarithm or a division by a loss
 
 
 def transform(losses: Tensor, initial: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -17,13 +17,14 @@ def transform(losses: Tensor, initial: Tensor, kind: str) -> tuple[Tensor, Tenso
     Args:
         losses: [K], global losses.
         initial: [K], each objective's first loss; NaN where it has not been seen yet.
-        kind: ``identity``: L; ``log``: log L; ``initial``: L / L(0).
+        kind: ``identity``: L; ``log``: log(L + 1e-8), as in the authors' code of the methods that
+            work on log losses; ``initial``: L / L(0).
 
     Returns:
         values [K] and derivatives d value / d L [K].
     """
     if kind == "log":
-        positive = losses.clamp_min(SMALLEST)
+        positive = losses.clamp_min(0) + SMALLEST
         return positive.log(), 1 / positive
     if kind == "initial":
         first = torch.where(torch.isnan(initial), losses, initial).abs().clamp_min(SMALLEST)
