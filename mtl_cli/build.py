@@ -21,7 +21,7 @@ from mtl_cli.data.base import DataOptions, DataSet
 from mtl_cli.errors import ConfigError, SafetyError
 from mtl_cli.evaluate import constant_baseline
 from mtl_cli.losses import Loss
-from mtl_cli.model import MultiTaskModel, NamedSeed
+from mtl_cli.model import ByTask, MultiTaskModel, NamedSeed
 from mtl_cli.params import ParamRow, ParamRules, param_groups, param_table, rename_rules
 from mtl_cli.precision import LossScale
 from mtl_cli.record import restore
@@ -88,9 +88,9 @@ def open_data(config: Config, device: torch.device, statistics: Any = None) -> D
     )
 
 
-def build_losses(config: Config, tasks: Sequence[Task]) -> nn.ModuleDict:
+def build_losses(config: Config, tasks: Sequence[Task]) -> ByTask:
     """One loss per task."""
-    return nn.ModuleDict(
+    return ByTask(
         {t.name: make(config["losses"][t.name], f"losses.{t.name}", task=t) for t in tasks}
     )
 
@@ -258,6 +258,8 @@ def stage_config(config: Config, stage: Stage) -> Config:
     merged = dict(config)
     if stage.resolved is not None:
         merged.update({k: v for k, v in stage.resolved.items() if v is not None})
+        common = {key: config["data"][key] for key in OPTIONS if key in config["data"]}
+        merged["data"] = {**merged["data"], **common}  # one image size and batch size for the run
     if stage.only is not None:
         task = merged["task"]
         merged["task"] = {
@@ -283,6 +285,9 @@ def assemble(
     model = build_model(config, tasks).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
+    dtype = number_format.resolve(config["precision"]["dtype"], device)
+    if dtype == "fp64":
+        model = model.double()
     losses = build_losses(config, tasks).to(device)
     objectives = build_objectives(losses, tasks)  # type: ignore[arg-type]
     weighting: Weighting = make(
@@ -293,7 +298,6 @@ def assemble(
     rows = param_table(model, rename_rules(rules, {t.name for t in tasks}), model.layers())
     _refuse_idle_strategy(weighting, rows, len(objectives))
     _refuse_tiny_batches(config, model)
-    dtype = number_format.resolve(config["precision"]["dtype"], device)
     node = config["precision"]
     scale = (
         LossScale(float(node["init_scale"]), int(node["growth_interval"]))

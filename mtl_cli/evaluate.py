@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mtl_cli import dist
-from mtl_cli.data.base import normalise
 from mtl_cli.metrics import TaskMetrics, constant_raw, direction, gain
-from mtl_cli.precision import autocast
+from mtl_cli.precision import as_input, autocast
 from mtl_cli.task import Task
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def evaluate_model(  # noqa: PLR0913 - what a judgement depends on, spelt out
         baseline: task -> metric -> value of the constant predictor.
         split: train, val or test.
         device: of the model.
-        dtype: fp32, bf16 or fp16.
+        dtype: a resolved precision.
         stop: a signal during the evaluation abandons it (on one rank).
 
     Returns:
@@ -115,7 +114,7 @@ def evaluate_model(  # noqa: PLR0913 - what a judgement depends on, spelt out
         for batch in data.eval_batches(split, rank=dist.rank(), world=dist.world()):
             if dist.world() == 1 and stop:
                 return None
-            images = normalise(batch.images.to(device))
+            images = as_input(batch.images.to(device), dtype)
             with autocast(dtype, device):
                 outputs = model(images)
             for name, out in outputs.items():

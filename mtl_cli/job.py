@@ -85,7 +85,7 @@ def train_in(
     stop: StopFlag,
 ) -> int:
     """Train (or go on training) in an open run directory."""
-    display = console.Display(config["display"] if dist.rank() == 0 else "silent")
+    display = console.Display(config["display"], rank=dist.rank())
     progress = Progress()
     state = directory.checkpoints.newest(display.message) if config["resume"] else None
     if state is not None:

@@ -5,12 +5,28 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mtl_cli.task import mix64
+
+
+class ByTask(nn.Module):
+    """Modules by task name; unlike ``nn.ModuleDict`` a task may be called ``type`` or ``train``."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._modules.update(modules)
+
+    def __getitem__(self, task: str) -> nn.Module:
+        module = self._modules[task]
+        assert module is not None
+        return module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
 
 
 class MultiTaskModel(nn.Module):
@@ -24,7 +40,7 @@ class MultiTaskModel(nn.Module):
     def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict(heads)
+        self.heads = ByTask(heads)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Run the backbone once."""

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from mtl_cli.data.base import normalise
 from mtl_cli.errors import ConfigError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(dtype: str, device: torch.device) -> str:
-    """Turn ``auto`` into fp32, bf16 or fp16.
+    """Turn ``auto`` into fp32, bf16 or fp16 (fp64 only where asked for: it checks numbers).
 
     CUDA: bf16 where the chip has it, else fp16 with loss scaling. CPU and MPS: fp32.
 
@@ -25,9 +26,9 @@ def resolve(dtype: str, device: torch.device) -> str:
         if device.type != "cuda":
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if dtype not in ("fp32", *DTYPES):
+    if dtype not in ("fp32", "fp64", *AUTOCAST):
         raise ConfigError(
-            f"precision.dtype: unknown (found '{dtype}', expected auto, fp32, bf16 or fp16)"
+            f"precision.dtype: unknown (found '{dtype}', expected auto, fp32, bf16, fp16 or fp64)"
         )
     if dtype == "fp16" and device.type != "cuda":
         raise ConfigError(
@@ -45,11 +46,17 @@ def native_bf16_on_cpu() -> bool:
     )
 
 
+def as_input(images: Tensor, dtype: str) -> Tensor:
+    """Uint8 pixels [B,3,H,W] -> what the network reads: normalised, float64 for fp64."""
+    pixels = normalise(images)
+    return pixels.double() if dtype == "fp64" else pixels
+
+
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
     """The autocast context of a resolved dtype."""
-    if dtype == "fp32":
+    if dtype not in AUTOCAST:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[dtype])
+    return torch.autocast(device.type, dtype=AUTOCAST[dtype])
 
 
 class LossScale:

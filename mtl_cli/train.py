@@ -5,18 +5,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mtl_cli import dist
 from mtl_cli.checkpoint import find
-from mtl_cli.data.base import normalise
 from mtl_cli.errors import ResourceError
 from mtl_cli.evaluate import evaluate
 from mtl_cli.params import set_train_mode, set_trainable
-from mtl_cli.precision import autocast
+from mtl_cli.precision import as_input, autocast
 from mtl_cli.record import log_evaluation, log_step, note_best, note_report, save
 from mtl_cli.routes import StepReport, Update
 from mtl_cli.run import Run, Stopped
@@ -132,6 +131,8 @@ def train_step(
             apply(work, report.updates, step)
             if len(report.present):
                 work.weighting.advance(step, report.present, report.losses, report.gramian)
+            if work.weighting.recompute and len(report.present):
+                look_ahead(work, resident, step, report)
         else:  # the forward pass has moved BatchNorm statistics: take that back as well
             torch._foreach_copy_(list(work.model.buffers()), buffers)
         work.scale.update(report.finite)
@@ -143,16 +144,44 @@ def train_step(
 
 def forward(work: Work, batch: Batch) -> None:
     """One micro-batch: backbone once, heads, loss sums, into the engine."""
+    images = as_input(batch.images, work.dtype)
     with autocast(work.dtype, work.device):
-        features = work.model.features(normalise(batch.images))
+        features = work.model.features(images)
     leaves = work.engine.cut(features)
     with autocast(work.dtype, work.device):
         raw = work.model.outputs(leaves, work.engine.tasks)
+    work.engine.accumulate(features, leaves, loss_sums(work, raw, batch))
+
+
+def loss_sums(work: Work, raw: Mapping[str, Tensor], batch: Batch) -> dict[int, Tensor]:
+    """Objective index -> sum of the loss over the micro-batch's valid labels."""
     sums: dict[int, Tensor] = {}
-    for task in work.engine.tasks:
-        terms = work.losses[task](raw[task], batch.targets[task], batch.valid[task])
+    for task, out in raw.items():
+        terms = work.losses[task](out, batch.targets[task], batch.valid[task])
         sums.update(zip(work.engine.objectives_of(task), terms, strict=True))
-    work.engine.accumulate(features, leaves, sums)
+    return sums
+
+
+def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: StepReport) -> None:
+    """Tell the strategy the losses of the same batch after the step (FAMO).
+
+    The second pass sees the same dropout masks and leaves BatchNorm statistics as they were.
+    """
+    buffers = [b.clone() for b in work.model.buffers()]
+    seed_step(work, step)
+    sums = torch.zeros(len(work.objectives), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in resident:
+            if batch is None:
+                continue
+            with autocast(work.dtype, work.device):
+                raw = work.model(as_input(batch.images, work.dtype), work.engine.tasks)
+            for index, value in loss_sums(work, raw, batch).items():
+                sums[index] += value.double().cpu()
+    torch._foreach_copy_(list(work.model.buffers()), buffers)
+    losses = dist.sum_(sums.to(work.device)).cpu()[report.present] * work.engine.factors
+    if bool(torch.isfinite(losses).all()):
+        work.weighting.look_ahead(step, report.present, losses)
 
 
 def label_counts(work: Work, micro: Sequence[Batch | None]) -> Tensor:

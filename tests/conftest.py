@@ -1,0 +1,35 @@
+"""Fixtures of all tests: fixed seeds, a private cache, where real data may lie."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _private_home(tmp_path_factory, monkeypatch):
+    """Nothing a test does may touch, or profit from, the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("MTL_DATA", raising=False)
+    monkeypatch.delenv("MTL_ALLOW_CODE", raising=False)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Directory with the real UTKFace archive; tests that want it skip without it."""
+    path = os.environ.get("MTL_TEST_DATA")
+    if not path or not (Path(path) / "UTKFace.tar.gz").is_file():
+        pytest.skip("MTL_TEST_DATA does not name a directory with UTKFace.tar.gz")
+    return Path(path)
