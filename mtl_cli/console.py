@@ -186,10 +186,14 @@ class Display:
         """Say where the run is and what it is, before it starts.
 
         Args:
-            info: ``run`` (its path), then any facts, shown as ``name value``.
+            info: ``run`` (its path), then any facts, shown as ``name value``; each entry of a
+                list gets a line of its own.
         """
-        facts = ", ".join(f"{name} {value}" for name, value in info.items() if name != "run")
-        for line in filter(None, (f"run {info['run']}" if "run" in info else "", facts)):
+        plain = {k: v for k, v in info.items() if k != "run" and not isinstance(v, list)}
+        lines = [f"run {info['run']}"] if "run" in info else []
+        lines.append(", ".join(f"{name} {value}" for name, value in plain.items()))
+        lines += [str(line) for value in info.values() if isinstance(value, list) for line in value]
+        for line in filter(None, lines):
             self.message(line)
 
     def stage(self, name: str, work: Any) -> None:

@@ -245,8 +245,9 @@ def test_other_ranks_are_silent(capsys):
 
 
 def test_start_names_the_run_and_its_facts(capsys):
-    Display("plain").start({"run": "outputs/a", "device": "cpu", "seed": 0})
-    assert capsys.readouterr().err == "run outputs/a\ndevice cpu, seed 0\n"
+    hints = ["bf16 is faster"]
+    Display("plain").start({"run": "outputs/a", "device": "cpu", "seed": 0, "hints": hints})
+    assert capsys.readouterr().err == "run outputs/a\ndevice cpu, seed 0\nbf16 is faster\n"
 
 
 @pytest.mark.parametrize(
