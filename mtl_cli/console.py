@@ -178,7 +178,7 @@ class Display:
         self.evaluation: Mapping[str, Any] = {}
         self.best: Mapping[str, Any] = {}
         self.clock: Any = None
-        self.step_in_epoch = 0
+        self.current, self.step_in_epoch = 1, 0  # epoch on the screen, from 1
         self._last = float("-inf")
         self._live: Any = None
 
@@ -216,6 +216,7 @@ class Display:
         self.epochs, self.steps_per_epoch = work.epochs, work.data.steps_per_epoch
         self.device, self.place = work.device, f"{work.device} {work.dtype}"
         self.train, self.evaluation, self.best = {}, {}, {}
+        self.current, self.step_in_epoch = 1, 0
         self.message(f"stage {name}: {self.epochs} epochs of {self.steps_per_epoch} steps")
 
     def step(self, record: Mapping[str, Any], clock: Any, step_in_epoch: int) -> None:
@@ -227,6 +228,7 @@ class Display:
             step_in_epoch: steps of the current epoch that are done.
         """
         self.train, self.clock, self.step_in_epoch = record, clock, step_in_epoch
+        self.current = max(1, math.ceil(record.get("epoch", 0)))
         if self.mode == "off":
             return
         now = time.monotonic()
@@ -246,7 +248,7 @@ class Display:
             clock: as in :meth:`step`.
         """
         self.evaluation, self.best, self.clock = record, progress.best_task, clock
-        self.step_in_epoch = 0
+        self.current, self.step_in_epoch = round(record.get("epoch", 0)), self.steps_per_epoch
         self._last = time.monotonic()
         if self.mode == "rich":
             self._draw()
@@ -286,15 +288,12 @@ class Display:
             self.mode, self._live = "off", None
 
     def _bar(self, width: int) -> str:
-        epoch = int(self.train.get("epoch", 0) or self.evaluation.get("epoch", 0))
         steps = max(1, self.steps_per_epoch)
         done = self.step_in_epoch / steps
         length = max(0, min(BAR, width - 30))
         filled = round(length * done)
         bar = "\u2501" * filled + "\u2574" * (length - filled)
-        parts = [
-            f"epoch {min(epoch + 1, self.epochs)}/{self.epochs} {bar} {self.step_in_epoch}/{steps}"
-        ]
+        parts = [f"epoch {self.current}/{self.epochs} {bar} {self.step_in_epoch}/{steps}"]
         if self.clock is not None:
             parts.append(f"{number(self.clock.images_per_second, 3)} images/s")
             parts.append(f"data {self.clock.wait_share:.0%} wait")

@@ -77,8 +77,8 @@ class Loss(nn.Module):
             [terms], float32 (float64 for a float64 raw output).
 
         Raises:
-            DataError: a valid target is out of range (looked for on the CPU only: elsewhere it
-                would wait for the device; the data part has validated all labels when it read them).
+            DataError: a valid target is out of range. Looked for on the CPU only: elsewhere it
+                would wait for the device, and all labels were validated when they were read.
         """
         raw, target = self._only_valid(raw, target, valid)
         if target.device.type == "cpu":

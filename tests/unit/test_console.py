@@ -201,9 +201,9 @@ def words(line):
 
 def test_frame_shows_what_a_user_wants_to_see():
     display = shown("plain")
-    display.step({**TRAIN, "grad_norm": {"age": 0.81}, "cos": {"age": 0.74}}, Clock(), 212)
-    display.epoch(EVAL, Progress(), Clock(saved_at=console.time.monotonic() - 41))
-    display.step_in_epoch = 212
+    display.epoch(EVAL, Progress(), Clock())
+    clock = Clock(saved_at=console.time.monotonic() - 41)
+    display.step({**TRAIN, "grad_norm": {"age": 0.81}, "cos": {"age": 0.74}}, clock, 212)
     lines = display.frame(120)
     assert lines[0].startswith("epoch 2/30 ━")
     assert "212/370   512 images/s   data 3% wait" in lines[0]
@@ -211,6 +211,15 @@ def test_frame_shows_what_a_user_wants_to_see():
     assert words(lines[2]) == "age l1 0.417 mae 5.612 years 5.58 @1 0.42 0.81 0.74"
     assert words(lines[3]) == "race cross_entropy - accuracy 0.798 0.801 @2 0.88 - -"
     assert re.fullmatch(r"cpu fp32   mem [\d.]+ GiB   lr 0.00091   saved 41s ago", lines[4])
+
+
+def test_the_bar_is_full_when_an_epoch_is_done():
+    display = shown()
+    full = "epoch 2/30 " + 30 * "\u2501" + " 370/370"
+    display.step({**TRAIN, "epoch": 2.0}, Clock(), 370)
+    assert display.frame(120)[0].startswith(full)
+    display.epoch(EVAL, Progress(), Clock())
+    assert display.frame(120)[0].startswith(full)
 
 
 def test_gradient_columns_only_where_there_are_gradients():
