@@ -25,7 +25,9 @@ def gramian_of(rows: Sequence[Grads]) -> Tensor:
     """
     total: Tensor | None = None
     for tensors in zip(*rows, strict=True):
-        matrix = torch.stack([t.flatten().float() for t in tensors])
+        matrix = torch.stack([t.flatten() for t in tensors])
+        if matrix.dtype in (torch.float16, torch.bfloat16):
+            matrix = matrix.float()
         product = _product(matrix)
         total = product if total is None else total + product
     if total is None:
