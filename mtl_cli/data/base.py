@@ -343,7 +343,7 @@ class DataSet:
             "samples": {name: len(rows) for name, rows in self.splits.items()},
             "tasks": tasks,
             "bad_images": dict(sorted(self._bad_images.items())),
-            "cache": self.store.kind,
+            "cache": self._store.kind if self._store else None,
             "notes": list(self.table.notes),
         }
 
@@ -374,11 +374,14 @@ class DataSet:
             lines = [self._named(row, text) for row, text in sorted(new.items())[:SHOWN]]
             remedy = "mtl data check lists all, data.bad_image=mask trains without them"
             raise DataError(summed(lines, len(new), remedy))
-        for row, text in new.items():
-            log.warning("masked: %s", self._named(row, text))
+        for row in new:
             for task in self.tasks:
                 self.valid[task.name][row] = False
                 self.targets[task.name][row] = 0
+        for row, text in list(new.items())[:SHOWN]:
+            log.warning("masked: %s", self._named(row, text))
+        if len(new) > SHOWN:
+            log.warning("masked: %d more images", len(new) - SHOWN)
         self._bad_images |= new
 
     def _named(self, row: int, text: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtl_cli.data.csvfile import number
 from mtl_cli.errors import ConfigError, DataError, nearest
 from mtl_cli.task import KINDS, Task
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mtl_cli.data.base import Table
 
 SHOWN = 5  # problems listed in one message
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,24 @@ def class_values(
 ) -> tuple[Tensor, list[Problem]]:
     """Look class names up, ignoring case and surrounding space; None is a missing label.
 
+    A whole number is an index, unless the classes themselves are called by numbers; ``3.0``, as
+    spreadsheets write it beside empty cells, is 3.
+
     Returns:
         Class indices float64 [N] with NaN for missing and unknown names, and the unknown ones.
     """
     index = {name.strip().casefold(): float(i) for i, name in enumerate(classes)}
+    numbered = any(number(name) is not None for name in classes)
     values, problems = [], []
     for row, name in enumerate(names):
-        value = float("nan") if name is None else index.get(name.strip().casefold())
+        value = NAN if name is None else index.get(name.strip().casefold())
+        if value is None and name is not None and (code := number(name)) is not None:
+            whole = str(int(code)) if code.is_integer() else name
+            value = index.get(whole) if numbered else (code if code.is_integer() else None)
         if value is None:
             text = f"found '{name}', expected one of {listed(classes)}"
             problems.append(Problem(row, output, text + nearest(str(name), classes)))
-            value = float("nan")
+            value = NAN
         values.append(value)
     return torch.tensor(values, dtype=torch.float64), problems
 
