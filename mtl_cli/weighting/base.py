@@ -32,7 +32,7 @@ from mtl_cli.errors import ConfigError, nearest
 from mtl_cli.task import Objective, mix64
 from mtl_cli.weighting.transform import TRANSFORMS, transform
 
-DEAD_ROW = 1e-12  # a row shorter than this share of the longest one carries no direction
+DEAD_ROW = 1e-13  # a row shorter than this share of the longest one carries no direction
 
 
 def choose(key: str, value: str, choices: Sequence[str]) -> str:
@@ -308,7 +308,7 @@ class GramianWeighting(Weighting):
     def row_weights(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """Solve without rows that carry no direction, remember the weights; the engine's way in.
 
-        A single row gets weight 1. Dropped rows (shorter than 1e-12 of the longest) get the mean
+        A single row gets weight 1. Dropped rows (shorter than 1e-13 of the longest) get the mean
         weight of the others, which only their heads can feel. A result that is not finite is
         replaced by the weights of the plain mean and counted.
 

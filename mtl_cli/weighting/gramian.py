@@ -178,7 +178,7 @@ class IMTLG(GramianWeighting):
         c, _, inverse = solvers.unit_rows(gramian.numpy())
         v = inverse * solvers.pseudo_inverse_ones(c)
         total = v.sum()
-        if abs(total) < 1e-10 * np.abs(v).sum():
+        if abs(total) <= 1e-10 * np.abs(v).sum():
             return self.checked((np.full(len(v), 1 / len(v)), False))
         if total < 0 and self.descend:
             return self.checked((-v / total, False))

@@ -29,6 +29,7 @@ def unit_rows(gramian: Array) -> tuple[Array, Array, Array]:
 
 def project_simplex(point: Array) -> Array:
     """Euclidean projection onto the probability simplex (sort and threshold)."""
+    point = point - point.max()  # the projection is the same; a large common part would round
     falling = np.sort(point)[::-1]
     excess = (np.cumsum(falling) - 1) / np.arange(1, len(point) + 1)
     last = int(np.nonzero(falling > excess)[0][-1])
@@ -174,7 +175,7 @@ def min_norm(gramian: Array) -> tuple[Array, bool]:
 def _resolve(c: Array, right: Array, found: Array) -> Array:
     """C^-1 r if it is positive and well determined, else what was found before."""
     try:
-        z: Array = np.linalg.solve(c, right)
+        z = np.asarray(np.linalg.solve(c, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         return found
     return z if (z > 0).all() and z.max() < 1e7 * right.max() else found
@@ -222,38 +223,38 @@ def balance(gramian: Array, alpha: float) -> tuple[Array, bool]:
     relative = length / top
     target = relative ** (2 * exponent)  # w = length^(-2a/(1+a)) v turns G into c_i c_j C, c = l^e
     h = c * np.outer(np.sqrt(target), np.sqrt(target))
-    v = _newton(h, target, alpha)
-    certain = v is not None
-    if v is None:
-        v = _newton(h + 1e-6 * np.diag(target), target, alpha)
-    if v is None:
-        v = np.ones_like(length)
+    v, certain = _newton(h, target, alpha)
+    if not certain:
+        v, _ = _newton(h + 1e-6 * np.diag(target), target, alpha)
     return v * length ** (-2 * alpha / (1 + alpha)), certain
 
 
-def _newton(h: Array, target: Array, alpha: float) -> Array | None:
-    """Minimise 1/2 v.Hv - sum t psi(v) over v > 0; None if it runs away or stalls."""
+def _newton(h: Array, target: Array, alpha: float) -> tuple[Array, bool]:
+    """Minimise 1/2 v.Hv - sum t psi(v) over v > 0; False if it runs away or stalls."""
     v = np.ones_like(target)
-    residual = np.inf
+    bound = 1e7 * math.sqrt(float(target.max() / target.min()))
+    residual = math.inf
     for _ in range(100):
         force = target * v ** (-1 / alpha)
         gradient = h @ v - force
         previous, residual = residual, float(np.abs(gradient / force).max())
         if residual < 1e-13 or (residual < 1e-9 and residual > 0.5 * previous):
-            return v
-        if not v.max() < 1e7:
-            return None
-        curvature = h + np.diag(force / (alpha * v))
+            return v, True
         try:
-            step = -np.linalg.solve(curvature, gradient)
+            step = -np.linalg.solve(h + np.diag(force / (alpha * v)), gradient)
         except np.linalg.LinAlgError:
-            return None
-        decrement = math.sqrt(max(-float(gradient @ step), 0.0))
+            break
+        # v (1 + r) with |r| < 1/4 is close to the minimum; else the damping of self-concordant
+        # functions, whose third derivative (1 + 1/alpha) / v is that of 2 / v at alpha = 1
         relative = float(np.abs(step / v).max()) * max(1.0, (1 + 1 / alpha) / 2)
+        decrement = math.sqrt(max(-float(gradient @ step), 0.0))
         damping = 1.0 if relative < 0.25 else max(1 / (1 + relative), 1 / (1 + decrement))
         shrink = float((step / v).min())
-        v = v + min(damping, 0.9 / -shrink if shrink < 0 else 1.0) * step
-    return v if residual < 1e-7 else None
+        following: Array = v + min(damping, 0.9 / -shrink if shrink < 0 else 1.0) * step
+        if not following.max() < bound:
+            break
+        v = following
+    return v, residual < 1e-7
 
 
 def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
@@ -291,7 +292,7 @@ def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
             break
         t = following if low < following < high else (low + high) / 2
     size = _length(g, w)
-    if size <= 1e-9:
+    if size <= 1e-7 * math.sqrt(float(g.diagonal().min())):
         return w, 0.0, False
     return w, s / size, certain
 
@@ -303,27 +304,23 @@ def _length(g: Array, w: Array) -> float:
 def _on_piece(g: Array, q: Array, w: Array, s: float) -> tuple[float, Array | None]:
     """The t at which |x(t)| = s t on the support of w (nan if none); w there, if it is optimal."""
     on = np.flatnonzero(w > 0)
-    piece = g[on][:, on]
-    right = np.ones((len(on), 2))
-    right[:, 1] = q[on]
+    c, length, inverse = unit_rows(g)
+    right = np.stack([inverse[on], q[on] * inverse[on]], 1)
     try:
-        ones, bent = np.linalg.solve(piece, right).T
+        ones, bent = (np.linalg.solve(c[on][:, on], right) * inverse[on, None]).T
     except np.linalg.LinAlgError:
-        return float("nan"), None
+        return math.nan, None
     a = float(ones.sum())
     turn = ones * (bent.sum() / a) - bent
-    room = s * s - float(turn @ piece @ turn)
+    scaled = turn * length[on]
+    room = s * s - float(scaled @ c[on][:, on] @ scaled)
     if not (a > 0 and room > 0):
-        return float("nan"), None
-    t = float(1 / np.sqrt(a * room))
+        return math.nan, None
+    t = 1 / math.sqrt(a * room)
     exact = np.zeros_like(w)
     exact[on] = ones / a + t * turn
     slope = g @ exact + t * q
-    level = slope[on].mean()
-    tolerance = 1e-12 * np.abs(slope).max()
-    optimal = (
-        exact.min() >= 0
-        and abs(slope[on] - level).max() <= tolerance
-        and slope.min() >= level - tolerance
-    )
+    excess = (slope - float(exact @ slope)) * inverse
+    tolerance = 1e-11 * np.abs(slope * inverse).max()
+    optimal = exact.min() >= 0 and excess.min() >= -tolerance and excess[on].max() <= tolerance
     return t, exact if optimal else None

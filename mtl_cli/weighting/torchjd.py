@@ -61,8 +61,8 @@ def from_torchjd(
         )
     try:
         module = found(**dict(arguments or {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"weighting.arguments: {method} refuses them: {error}") from error
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"weighting.arguments: {method} cannot be built: {error}") from error
     common: dict[str, Any] = {"seed": seed, "transform": transform, "reduction": reduction}
     if isinstance(module, scalarization.Scalarizer):
         return _Scalarized(objectives, module, **common)

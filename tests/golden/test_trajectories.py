@@ -116,7 +116,9 @@ def test_famo():
     name = "famo_gamma_0.001"
     strategy = FAMO(objectives(3), gamma=0.001)
     found, logits = [], []
-    for step, (losses, after) in enumerate(zip(LOSSES, tensor(INPUTS["losses_after"]), strict=True)):
+    for step, (losses, after) in enumerate(
+        zip(LOSSES, tensor(INPUTS["losses_after"]), strict=True)
+    ):
         logits.append(strategy.logits.clone())
         found.append(slopes(strategy, losses))
         strategy.advance(step, ALL, losses)
