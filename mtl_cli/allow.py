@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from importlib.metadata import entry_points
 
+from mtl_cli.errors import SafetyError
 from mtl_cli.signature import signature
 
 ENVIRONMENT = "MTL_ALLOW_CODE"
+NEVER = frozenset(sys.stdlib_module_names) | {"torch", "torchvision", "numpy", "hydra", "omegaconf"}
 NODES: dict[str, tuple[str, ...]] = {
     "backbone": ("mtl_cli.backbones.", "mtl_cli.sharing."),
     "data": ("mtl_cli.data.",),
@@ -49,21 +52,30 @@ def refuse(node: str, target: object) -> str | None:
     package = target.split(".")[0]
     if package == "mtl_cli":
         return f"{where}: no such class (found {target}, expected one in {' or '.join(p.rstrip('.') for p in prefixes)})"
-    return (
-        f"{where}: code outside mtl_cli is not allowed (found {target}, expected {prefixes[0]}*); "
-        f"if you trust it, add --allow-code {package}"
+    refusal = (
+        f"{where}: code outside mtl_cli is not allowed (found {target}, expected {prefixes[0]}*)"
     )
+    if package in NEVER:
+        return refusal
+    return f"{refusal}; if you trust it, add --allow-code {package}"
 
 
 def allowed_packages() -> set[str]:
     """Packages that the person who started this process allows."""
     typed = os.environ.get(ENVIRONMENT, "").replace(",", " ").split()
-    return {*typed, *_installed()}
+    return {*typed, *_installed()} - NEVER
 
 
 def allow(packages: str) -> None:
-    """Allow packages for this process and its children (ranks, data workers)."""
-    names = {*os.environ.get(ENVIRONMENT, "").split(","), *packages.split(",")}
+    """Allow packages for this process and its children (ranks, data workers).
+
+    Raises:
+        SafetyError: a package of Python or torch itself, whose functions reach files and shells.
+    """
+    typed = {name.strip() for name in packages.split(",")}
+    if wrong := sorted(typed & NEVER):
+        raise SafetyError(f"--allow-code: {wrong[0]} is not a package of yours; name your own")
+    names = {*os.environ.get(ENVIRONMENT, "").split(","), *typed}
     os.environ[ENVIRONMENT] = ",".join(sorted(filter(None, map(str.strip, names))))
 
 

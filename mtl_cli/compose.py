@@ -17,10 +17,11 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from mtl_cli.config import ROOT_CONFIG, conf_dir, read_yaml
+from mtl_cli.config import ROOT_CONFIG, conf_dir, option_file, option_schema, read_yaml
 from mtl_cli.errors import ConfigError
 from mtl_cli.taskfile import file_of, is_task_file, register
 
+BASE = "common"
 BASELINE: dict[str, Any] = {
     "callbacks": {},
     "searchpath": [],
@@ -132,26 +133,17 @@ class Composer:
         return sorted(g for g in self.loader.list_groups("") if g != "hydra")
 
     def options(self, group: str) -> list[str]:
-        """Names of a group's options."""
-        return list(self.loader.get_group_options(group, ObjectType.CONFIG))
+        """Names of a group's options; files that others are based on are none."""
+        found = self.loader.get_group_options(group, ObjectType.CONFIG)
+        return [option for option in found if option != BASE]
 
     def file(self, group: str, option: str) -> Path | None:
         """YAML file of an option, the first on the search path."""
-        for place in (*self.directories, self.home):
-            path = place / group / f"{option}.yaml"
-            if path.is_file():
-                return path
-        return None
+        return option_file((*self.directories, self.home), group, option)
 
     def schema(self, group: str, option: str) -> dict[str, Any]:
         """Keys of an option with their defaults, those of the options it is based on included."""
-        path = self.file(group, option)
-        raw = dict(read_yaml(path)) if path else {}
-        keys: dict[str, Any] = {}
-        for base in raw.pop("defaults", None) or []:
-            if isinstance(base, str) and base != "_self_" and base != option:
-                keys.update(self.schema(group, base))
-        return {**keys, **raw}
+        return option_schema((*self.directories, self.home), group, option)
 
     def _origin(self, composed: Composed, key: str, option: Any) -> None:
         group, _, package = key.partition("@")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +51,52 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: {error.problem}; correct the YAML") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(yaml_problem(error, str(path))) from error
+    except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of keys (found {type(raw).__name__})")
     return {str(key): value for key, value in raw.items()}
+
+
+def yaml_problem(error: yaml.YAMLError, path: str = "") -> str:
+    """Where a YAML file is wrong, in one line: file:line:column."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path}: {str(error).splitlines()[0]}; correct the YAML"
+    name = path or mark.name
+    problem = getattr(error, "problem", None) or "not YAML"
+    return f"{name}:{mark.line + 1}:{mark.column + 1}: {problem}; correct the YAML"
+
+
+def option_file(places: Sequence[Path], group: str, option: str) -> Path | None:
+    """YAML file of an option, the first in ``places``."""
+    files = (place / group / f"{option}.yaml" for place in places)
+    return next((path for path in files if path.is_file()), None)
+
+
+def option_schema(places: Sequence[Path], group: str, option: str) -> dict[str, Any]:
+    """Keys of an option with their defaults, those of the options it is based on included."""
+    path = option_file(places, group, option)
+    raw = read_yaml(path) if path else {}
+    keys: dict[str, Any] = {}
+    for base in raw.pop("defaults", None) or []:
+        if isinstance(base, str) and base not in {"_self_", option}:
+            keys.update(option_schema(places, group, base))
+    return {**keys, **raw}
+
+
+@functools.cache
+def shipped_schemas(group: str) -> dict[str, dict[str, Any]]:
+    """Class -> keys of the shipped options that build it, for configs without an origin."""
+    home = conf_dir()
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((home / group).glob("*.yaml")):
+        schema = option_schema((home,), group, path.stem)
+        found.setdefault(str(schema.get("_target_", "")), {}).update(schema)
+    return found
 
 
 def raise_all(problems: list[str]) -> None:
@@ -222,7 +259,14 @@ class _Check:
         self._say(f"{node}.{name}", f"unknown key '{node}.{name}'{hint}")
 
     def _schema(self, node: str) -> dict[str, Any]:
-        return self.composed.schemas.get(node, {}) if self.composed else {}
+        if self.composed and node in self.composed.schemas:
+            return self.composed.schemas[node]
+        top, _, name = node.partition(".")
+        group = {"heads": "head", "losses": "loss"}.get(top, top)
+        value = _get(self.tree, node)
+        if (name and group == top) or not isinstance(value, dict):
+            return {}
+        return shipped_schemas(group).get(str(value.get("_target_", "")), {})
 
     def _stray_targets(self, path: str, value: Any) -> None:
         """Refuse a ``_target_`` outside the declared nodes, at any depth."""
@@ -325,7 +369,7 @@ def _open(value: Any) -> bool:
 
 def _is_typo(node: str, target: object) -> bool:
     """A name of our own package that does not exist: a mistake, not an attack."""
-    prefixes = NODES.get(node.split(".")[0], ())
+    prefixes = [p for p in NODES.get(node.split(".")[0], ()) if p.startswith("mtl_cli.")]
     return isinstance(target, str) and any(target.startswith(prefix) for prefix in prefixes)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl_cli.compose import Composed, Composer
+from mtl_cli.config import yaml_problem
 from mtl_cli.errors import ConfigError, nearest
 from mtl_cli.schema import GROUPS, TEXT
 from mtl_cli.signature import is_mapping, signature
@@ -172,7 +174,7 @@ def swept_keys(composer: Composer, overrides: Sequence[str]) -> list[str]:
 def _parse(parser: Any, text: str) -> Override | str:
     """The parsed override, or what is wrong with it."""
     try:
-        override = parser.parse_override(text)
+        override = parser.parse_overrides([text])[0]
     except (OverrideParseException, HydraException):
         key, found, value = text.partition("=")
         if not found:
@@ -300,7 +302,7 @@ class _Resolver:
             return text
         parent, _, last = key.rpartition(".")
         if _exists(cfg, key):
-            return text
+            return f"++{text}" if isinstance(override.value(), dict) else text
         if self._free(cfg, key):
             return f"++{text}"
         node, _, rest = key.partition(".")
@@ -346,6 +348,9 @@ class _Resolver:
         except ConfigError as error:
             if not quiet:
                 self.problems += error.problems
+        except yaml.YAMLError as error:
+            if not quiet:
+                self.problems.append(yaml_problem(error))
         except (HydraException, OmegaConfBaseException) as error:
             if not quiet:
                 self.problems.append(_first_lines(error))

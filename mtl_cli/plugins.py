@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -31,11 +32,10 @@ def through_hydra(command: Command) -> int:
     Raises:
         ConfigError: a job of the grid has problems, or a task file would not reach another machine.
     """
-    arguments = [*_flags(command), *command.overrides]
+    arguments = [*_flags(command), *command.overrides]  # Hydra wants its flags first
     if command.multirun:
         _check_grid(command)
-        arguments += ["--multirun", "hydra.mode=MULTIRUN"]
-        arguments += _sweep_directory(command)
+        arguments = ["--multirun", *arguments, *_sweep_directory(command)]
     failed = []
 
     def job(cfg: DictConfig) -> float | None:
@@ -45,6 +45,7 @@ def through_hydra(command: Command) -> int:
         return score
 
     entry = hydra.main(config_path=str(conf_dir()), config_name=ROOT_CONFIG, **version_base())(job)
+    GlobalHydra.instance().clear()
     with mock.patch.object(sys, "argv", ["mtl", *arguments]):
         try:
             entry()
@@ -99,7 +100,12 @@ def _job(cfg: DictConfig, command: Command) -> tuple[int, float | None]:
     config = HydraConfig.get()
     overrides = [str(text) for text in config.overrides.task]
     command = dataclasses.replace(command, overrides=overrides, multirun=False)
-    checked, problems = launch.prepare(Composer(command.config_dirs), command)
+    outer = GlobalHydra.instance().hydra  # composing takes Hydra's one seat; give it back after
+    try:
+        checked, problems = launch.prepare(Composer(command.config_dirs), command)
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = outer
     raise_all(problems)
     run_dir = Path(config.runtime.output_dir)
     code = launch.run_one(command, checked or cfg, run_dir, overrides)

@@ -113,9 +113,14 @@ def continue_run(composer: Composer, command: Command, run_dir: Path) -> Resumed
     base, problems = prepare(composer, dataclasses.replace(command, overrides=texts))
     changed = None if base is None or problems else difference(saved, plain(base))
     notes = [f"continues {run_dir}"]
-    if changed is not None and all(_matches(key, FREE) for key, *_ in changed):
+    if base is not None and changed is not None and all(_matches(key, FREE) for key, *_ in changed):
         overrides = merge(texts, command.overrides)
         cfg, problems = prepare(composer, dataclasses.replace(command, overrides=overrides))
+        if problems and (other := [t for t in command.overrides if _key(t) == "task"]):
+            raise CheckpointError(
+                f"resume={run_dir}: another task ({other[-1]}, was {base.task.name}); "
+                f"type init_from={run_dir} to start a new run from its weights"
+            )
         raise_all(problems)
         assert cfg is not None
     else:
@@ -195,11 +200,13 @@ def _apply(cfg: DictConfig, overrides: Sequence[str], run_dir: Path) -> None:
         key, found, value = text.lstrip("+").partition("=")
         inside = any(path == key or path.startswith(f"{key}.") for path in known)
         parent = OmegaConf.select(cfg, key.rpartition(".")[0], default=None)
+        group = OmegaConf.is_dict(OmegaConf.select(cfg, key, default=None)) and "{" not in value
         rule = key.rpartition(".")[0].endswith(("lr_mult", "unfreeze_at"))
-        if not found or "@" in key or not (inside or (rule and parent is not None)):
+        if not found or group or "@" in key or not (inside or (rule and parent is not None)):
             raise CheckpointError(
                 f"resume={run_dir}: '{text}' cannot be applied to its {CONFIG} "
-                f"(expected key=value with a key that is in it)"
+                f"(its options are fixed: the config files have changed since); "
+                f"type init_from={run_dir} to start a new run from its weights"
             )
         OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value)
 

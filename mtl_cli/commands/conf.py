@@ -115,7 +115,7 @@ def _check(composer: Composer, command: Command) -> None:
     overrides = [text for text in command.overrides if "=" in text]
     for file in files:
         raw = read_yaml(Path(file))
-        if "epochs" in raw and "task" in raw:
+        if {"task", "optimizer", "weighting"} <= set(raw):  # a run's config.yaml
             raise_all(check(OmegaConf.create(raw)))
         else:
             overrides.append(f"task={Path(file).absolute()}")

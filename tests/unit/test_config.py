@@ -1,0 +1,332 @@
+"""The composed tree as a whole: what is accepted, what is found, how it is said."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from mtl_cli import allow
+from mtl_cli.compose import Composer
+from mtl_cli.config import (
+    REDACTED,
+    Unsafe,
+    check,
+    conf_dir,
+    option_schema,
+    raise_all,
+    shipped_schemas,
+    to_text,
+)
+from mtl_cli.errors import ConfigError, SafetyError
+from mtl_cli.launch import prepare
+from mtl_cli.metric_names import DEFAULT_HEAD, DEFAULT_LOSS, DEFAULT_METRICS, METRICS
+from mtl_cli.overrides import parse
+from mtl_cli.schema import INJECTED
+from mtl_cli.signature import MISSING, fits, signature
+
+GROUPS = {
+    "backbone": "backbone",
+    "data": "data",
+    "head": "heads",
+    "loss": "losses",
+    "weighting": "weighting",
+    "schedule": "schedule",
+    "lr": "lr",
+    "augment": "augment",
+}
+OPTIONS = [
+    (group, path.stem)
+    for group in GROUPS
+    for path in sorted((conf_dir() / group).glob("*.yaml"))
+    if path.stem != "common"
+]
+
+
+def config(*argv: str):
+    """The prepared config and its problems."""
+    command = parse(argv)
+    return prepare(Composer(command.config_dirs), command)
+
+
+def problems(*argv: str) -> list[str]:
+    return config(*argv)[1]
+
+
+@pytest.fixture
+def user(tmp_path):
+    """A directory of the user's own config files."""
+
+    def write(**files: str) -> str:
+        for name, text in files.items():
+            path = tmp_path / (name.replace("__", "/") + ".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return str(tmp_path)
+
+    return write
+
+
+def test_default_config_is_in_order():
+    cfg, found = config()
+    assert found == []
+    assert cfg.task.name == "synthetic"
+    assert "hydra" not in cfg
+
+
+@pytest.mark.parametrize("group", ["task", "weighting", "schedule", "backbone", "lr", "precision"])
+def test_every_option_composes(group):
+    composer = Composer()
+    for option in composer.options(group):
+        extra = ["schedule.stages.pretrain.task=type_color"] if option == "pretrain" else []
+        if group == "weighting" and "???" in map(str, composer.schema(group, option).values()):
+            continue  # needs a value of the user's
+        command = parse([f"{group}={option}", *extra])
+        cfg, found = prepare(composer, command)
+        assert found == [], f"{group}={option}"
+        assert check(cfg) == [], "the saved config alone must pass too"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_yaml_says_what_the_class_takes(group, option):
+    schema = option_schema((conf_dir(),), group, option)
+    shape = signature(schema.pop("_target_"))
+    assert shape is not None
+    taken = set(shape.parameters) - INJECTED.get(GROUPS[group], frozenset())
+    common = option_schema((conf_dir(),), "data", "common") if group == "data" else {}
+    assert taken - set(schema) == set(), "arguments that the YAML does not name"
+    assert set(schema) - taken - set(common) == set(), "keys that the class does not take"
+    for name in taken & set(schema):
+        default, value = shape.parameters[name].default, schema[name]
+        if not str(value).startswith(("???", "${")) and shape.parameters[name].annotation:
+            annotation = shape.parameters[name].annotation
+            assert fits(value, annotation) or value is None, f"{name}: {value} is no {annotation}"
+        if (
+            isinstance(default, (int, float, str))
+            and group != "schedule"
+            and default is not MISSING
+        ):
+            assert value == default, f"{name}: YAML {value}, class {default}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["+foo=1"], ["unknown key 'foo'"]),
+        (
+            ["+optimizer.momentm=1", "optimizer=sgd"],
+            ["unknown key 'optimizer.momentm'", "momentum"],
+        ),
+        (["epochs=abc"], ["epochs: wrong type (found 'abc', expected whole number)"]),
+        (["epochs=1.5"], ["epochs: wrong type"]),
+        (["epochs=0"], ["epochs: out of range (found 0, expected >= 1)"]),
+        (["optimizer.lr=fast"], ["optimizer.lr: wrong type (found 'fast', expected number)"]),
+        (["optimizer.lr=-1"], ["optimizer.lr: out of range (found -1, expected > 0)"]),
+        (["optimizer.betas=0.9"], ["optimizer.betas: wrong type"]),
+        (["lr.warmup=true"], ["lr.warmup: wrong type (found True, expected number)"]),
+        (["data.fraction=2"], ["data.fraction: out of range"]),
+        (["data.batch_size=0"], ["data.batch_size: out of range"]),
+        (["on_nonfinite=ignore"], ["on_nonfinite: out of range", "skip | stop"]),
+        (["precision.dtype=fp8"], ["precision.dtype: out of range"]),
+        (["freeze=backbone"], ["freeze: wrong type (found 'backbone', expected list of text)"]),
+        (["seed=${epochs}", "epochs=${seed}"], ["cannot be resolved"]),
+        (["run_name=${oc.env:MTL_NO_SUCH_VARIABLE}"], ["run_name: cannot be resolved"]),
+        (["schedule=pretrain"], ["schedule.stages.pretrain.task: needs a value"]),
+        (["losses.size=bce"], ["losses.size: BCE does not fit a regression output"]),
+        (["task.metrics.size=[accuracy]"], ["no metric 'accuracy' for a regression output", "mae"]),
+        (["task.metrics.size=mae"], ["task.metrics.size: not a list"]),
+        (["task.outputs.size.kind=regresion"], ["not a kind", "did you mean 'regression'?"]),
+        (["~losses.size"], ["output 'size' has no loss; add losses.size=NAME"]),
+        (["+task.outputs.weight={kind: regression}"], ["output 'weight' has no head"]),
+        (["only=sise"], ["only: task 'synthetic' has no 'sise'", "did you mean 'size'?"]),
+    ],
+)
+def test_a_problem_is_found(argv, parts):
+    text = "\n".join(problems(*argv))
+    for part in parts:
+        assert part in text
+
+
+def test_all_problems_at_once():
+    found = problems("weightin=a", "epochs=x", "data.fraction=7", "losses.size=bce", "task=nope")
+    text = "\n".join(found)
+    for part in ("weightin", "epochs: wrong", "data.fraction", "losses.size: BCE", "no 'nope'"):
+        assert part in text
+    assert len(found) == len(set(found)) == 5
+
+
+def test_typo_in_an_experiment_is_found_and_its_file_named(user):
+    place = user(
+        experiment__mine="# @package _global_\nepochs: 3\noptimizer: {lrr: 1}\nweigting: {a: 1}\n"
+    )
+    text = "\n".join(problems("experiment=mine", "--config-dir", place))
+    assert "experiment/mine.yaml: unknown key 'optimizer.lrr'; did you mean 'lr'?" in text
+    assert "experiment/mine.yaml: unknown key 'weigting'; did you mean 'weighting'?" in text
+
+
+def test_component_with_a_required_argument_missing(user):
+    place = user(lr__mine="_target_: mtl_cli.schedule.transfer.Transfer\n")
+    assert "expected one in mtl_cli.lr" in "\n".join(problems("lr=mine", "--config-dir", place))
+    place = user(schedule__mine="_target_: mtl_cli.schedule.transfer.Transfer\n")
+    text = "\n".join(problems("schedule=mine", "--config-dir", place))
+    assert "Transfer needs 'stages'" in text
+
+
+def test_yaml_syntax_names_line_and_column(user):
+    place = user(optimizer__broken="_target_: torch.optim.AdamW\nlr: [1\n")
+    text = "\n".join(problems("optimizer=broken", "--config-dir", place))
+    assert "optimizer/broken.yaml:3:1" in text
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.open",
+        "subprocess.run",
+        "torch.load",
+        "torch.hub.load",
+        "torch.optim.adamw.torch.load",
+        "torch.save",
+        "numpy.load",
+        "pathlib.Path",
+        "mtl_cli.heads.os.system",
+        "mtl_cli.heads.torch.load",
+        "mtl_cli.checkpoint.save",
+        "mtl_cli.heads.__import__",
+        "mtl_cli.heads.importlib.import_module",
+        "evil.Head",
+        "..os.system",
+        "mtl_cli.heads",
+    ],
+)
+@pytest.mark.parametrize("node", ["heads.size", "optimizer", "weighting", "ema", "task", "data"])
+def test_hostile_target_is_refused_before_import(target, node):
+    before = set(sys.modules)
+    found = problems(f"++{node}._target_={target}")
+    assert found
+    assert "evil" not in set(sys.modules) - before
+    with pytest.raises((SafetyError, ConfigError)) as caught:
+        raise_all(found)
+    if not target.startswith("mtl_cli."):
+        assert caught.value.exit_code == 9
+
+
+def test_target_hidden_below_a_component_is_refused():
+    found = problems("+augment.extra={a: {_target_: os.system, command: ls}}")
+    assert any(isinstance(problem, Unsafe) for problem in found)
+
+
+def test_users_code_needs_the_users_word(monkeypatch, tmp_path):
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "my_pkg" / "heads.py").write_text(
+        "class Deep:\n    kinds = ('regression',)\n"
+        "    def __init__(self, channels, task, depth: int = 2):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    chosen = ["++heads.size={_target_: my_pkg.heads.Deep, depth: 3}"]
+    assert "--allow-code my_pkg" in problems(*chosen)[0]
+    monkeypatch.setenv(allow.ENVIRONMENT, "my_pkg")
+    assert problems(*chosen) == []
+    assert "unknown key 'heads.size.dept'; did you mean 'depth'?" in problems(
+        "++heads.size={_target_: my_pkg.heads.Deep, dept: 3}"
+    )
+    wrong = problems("++heads.shape={_target_: my_pkg.heads.Deep, depth: deep}")
+    assert any("does not fit a multiclass output" in text for text in wrong)
+    assert any("heads.shape.depth: wrong type" in text for text in wrong)
+    assert "my_pkg" not in sys.modules
+
+
+def test_python_itself_is_never_allowed():
+    with pytest.raises(SafetyError, match="not a package of yours"):
+        allow.allow("os")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {x: {_target_: builtins.open, file: pwned, mode: w}}}",
+        "hydra: {launcher: {_target_: os.system}}",
+        "hydra: {sweeper: {params: {a: 1}}}",
+        "hydra: {job_logging: {handlers: {x: {(): builtins.open, file: pwned, mode: w}}}}",
+    ],
+)
+def test_hydra_nodes_from_a_file_are_refused(user, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = user(experiment__mine=f"# @package _global_\n{text}\n")
+    found = problems("experiment=mine", "--config-dir", place)
+    assert any(isinstance(problem, Unsafe) for problem in found)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_hydra_nodes_from_the_shell_are_allowed():
+    assert problems("hydra.sweeper.max_batch_size=2") == []
+
+
+def test_only_prunes_everything_that_hangs_on_an_output():
+    cfg, found = config("only=[size]")
+    assert found == []
+    for node in (cfg.task.outputs, cfg.task.metrics, cfg.heads, cfg.losses):
+        assert list(node) == ["size"]
+
+
+def test_rules_are_flat_names():
+    cfg, found = config("lr_mult.backbone=0.1", "lr_mult.heads.size=2")
+    assert found == []
+    assert dict(cfg.lr_mult) == {"backbone": 0.1, "heads.size": 2}
+
+
+def test_a_stage_brings_its_own_task():
+    cfg, found = config(
+        "task=type_color",
+        "schedule=pretrain",
+        "schedule.stages.pretrain.task=synthetic",
+        "data.batch_size=16",
+    )
+    assert found == []
+    resolved = cfg.schedule.stages.pretrain.resolved
+    assert resolved.task.name == "synthetic"
+    assert set(resolved.heads) == set(resolved.losses) == set(resolved.task.outputs)
+    assert resolved.data.batch_size == 16
+    text = problems("schedule=pretrain", "schedule.stages.pretrain.task=sintetic")
+    assert any("no 'sintetic' in group 'task'" in line for line in text)
+
+
+def test_unknown_key_of_a_stage():
+    found = problems("schedule=transfer", "+schedule.stages.probe.epoch=3")
+    assert "unknown key 'schedule.stages.probe.epoch'; did you mean 'epochs'?" in found
+
+
+def test_text_keeps_the_environment_and_hides_secrets(monkeypatch):
+    monkeypatch.setenv("MTL_SECRET_PLACE", "/very/private")
+    cfg = OmegaConf.create(
+        {
+            "a": 1,
+            "b": "${a}",
+            "root": "${oc.env:MTL_SECRET_PLACE}",
+            "logger": {"api_key": "abc", "token": "${oc.env:MTL_SECRET_PLACE}"},
+        }
+    )
+    text = to_text(cfg)
+    assert "private" not in text
+    assert "abc" not in text
+    again = OmegaConf.create(text)
+    assert again.b == 1
+    assert again.logger == {"api_key": REDACTED, "token": REDACTED}
+    assert again.root == "/very/private"
+
+
+def test_defaults_by_kind_name_options_that_exist():
+    composer = Composer()
+    for kind in METRICS:
+        assert DEFAULT_HEAD[kind] in composer.options("head")
+        assert DEFAULT_LOSS[kind] in composer.options("loss")
+        assert set(DEFAULT_METRICS[kind]) <= set(METRICS[kind])
+        loss = signature(composer.schema("loss", DEFAULT_LOSS[kind])["_target_"])
+        assert kind in loss.attributes["kinds"]
+
+
+def test_shipped_schemas_include_what_options_are_based_on():
+    assert "split_seed" in shipped_schemas("data")["mtl_cli.data.synthetic.Synthetic"]
