@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 VERSION = 1  # raise when the decoder gives other pixels for the same file
 MODES = ("auto", "disk", "ram", "off")
 RAM_SHARE = 0.25  # of the available memory, at most, when ``auto`` falls back to memory
-MARK_EVERY = 4096  # images between two syncs
 
 
 def default_dir() -> Path:
@@ -156,22 +155,25 @@ class Disk(Store):
         self._bytes = size * size * 3
         self._pixels: np.memmap[Any, np.dtype[np.uint8]] | None = None
         self._file: int | None = None
-        with self.filling():
-            self._create()
-        os.utime(self.path / "entry.json")
+        self._sizes = {"pixels.u8": count * self._bytes, "present.u8": count}
+        if not self._sound():
+            with self.filling():
+                if not self._sound():
+                    self._create()
+        with suppress(OSError):  # another user's cache may be read only
+            os.utime(self.path / "entry.json")
+
+    def _sound(self) -> bool:
+        files = ((self.path / name, size) for name, size in self._sizes.items())
+        return (self.path / "entry.json").is_file() and all(
+            file.is_file() and file.stat().st_size == size for file, size in files
+        )
 
     def _create(self) -> None:
-        sizes = {"pixels.u8": self.count * self._bytes, "present.u8": self.count}
         entry = self.path / "entry.json"
-        sound = entry.is_file() and all(
-            (self.path / n).is_file() and (self.path / n).stat().st_size == s
-            for n, s in sizes.items()
-        )
-        if sound:
-            return
         entry.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        for name, size in sizes.items():
+        for name, size in self._sizes.items():
             with (self.path / name).open("wb") as file:
                 file.truncate(size)  # sparse: room is taken as images arrive
         temporary = self.path / f"entry.json.tmp.{os.getpid()}"

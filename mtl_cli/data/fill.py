@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from mtl_cli.data.cache import MARK_EVERY, Progress, Store
+from mtl_cli.data.cache import Progress, Store
 from mtl_cli.data.loader import Loader, available_cores
 from mtl_cli.errors import DataError, ResourceError
 
 CHUNK = 32  # images per request to a worker
 ALONE = 256  # up to this many images one process is quicker than starting several
+MARK_S = 2.0  # seconds between two syncs: what a kill can cost
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Outcome = tuple[list[int], list[tuple[int, str]], str]
@@ -82,7 +84,7 @@ def _decode(store: Store, todo: Sequence[int], workers: int, stop_after: int | N
             progress: Progress | None) -> dict[int, str]:  # fmt: skip
     failed: dict[int, str] = {}
     ready: list[int] = []
-    finished = 0
+    finished, marked = 0, time.monotonic()
     chunks: Iterator[Any] = (todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK))
     for done, bad, full in Loader(_Decoding(store), workers).stream(chunks):
         ready += done
@@ -95,9 +97,9 @@ def _decode(store: Store, todo: Sequence[int], workers: int, stop_after: int | N
                 f"data.cache_dir: {full.lower()} after {finished} of {len(todo)} images; free "
                 "some, give another data.cache_dir, or data.cache=off"
             )
-        if len(ready) >= MARK_EVERY:
+        if time.monotonic() - marked > MARK_S:
             store.mark(ready)
-            ready = []
+            ready, marked = [], time.monotonic()
         if stop_after is not None and len(failed) >= stop_after:
             break
     store.mark(ready)

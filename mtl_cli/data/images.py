@@ -25,6 +25,9 @@ MAX_PIXELS = 40_000_000  # 40 megapixels: about 160 MB once decoded
 PAD_COLOUR = (124, 116, 104)  # the ImageNet mean: padding is 0 after normalisation
 POLICIES = ("crop", "pad")
 
+# Pillow warns above 89 megapixels; here such an image is an error anyway.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 def load(path: str | Path, size: int, resize: str = "crop") -> np.ndarray:
     """Decode one file into a square that keeps the aspect ratio.
@@ -44,8 +47,7 @@ def load(path: str | Path, size: int, resize: str = "crop") -> np.ndarray:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"{path}: not a regular file (expected an image)")
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
             _refuse_bomb(image, path)
             _draft(image, size, resize)
             return square(to_rgb(image, str(path)), size, resize)
@@ -111,7 +113,7 @@ def _refuse_bomb(image: Image.Image, path: str | Path) -> None:
         limit = MAX_PIXELS // 1_000_000
         raise DataError(
             f"{path}: too large (found {image.width}x{image.height} = {pixels / 1e6:.0f} "
-            f"megapixels, limit {limit}); scale it down"
+            f"megapixels, limit {limit} megapixels); scale it down"
         )
 
 
