@@ -34,7 +34,7 @@ class Evaluation:
         losses: task -> mean loss over valid labels, None without labels.
         metrics: task -> metric name -> value in the task's units, None where undefined.
         gains: task -> relative gain of its first metric over the constant predictor.
-        score: mean of the gains; None if no task has one.
+        score: mean of the gains; None if a task that could be judged was not.
         raw: task -> [N,C] raw outputs, in the split's order.
         index: [N] rows of the samples in the table.
     """
@@ -136,6 +136,7 @@ def judge(
     mean_losses: dict[str, float | None] = {}
     metrics: Metrics = {}
     gains: dict[str, float] = {}
+    unjudged = False  # outputs that are not finite must not raise the mean of the others
     for task in tasks:
         target, valid = data.targets[task.name][index], data.valid[task.name][index]
         mean_losses[task.name] = _mean_loss(losses[task.name], raw[task.name], target, valid)
@@ -145,7 +146,8 @@ def judge(
         reference = baseline.get(task.name, {}).get(first)
         if value is not None and reference is not None:
             gains[task.name] = gain(value, reference, direction(first))
-    score = sum(gains.values()) / len(gains) if gains else None
+        unjudged = unjudged or (value is None and reference is not None)
+    score = None if unjudged or not gains else sum(gains.values()) / len(gains)
     return Evaluation(mean_losses, metrics, gains, score, dict(raw), index, tuple(tasks))
 
 

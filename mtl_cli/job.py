@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,14 +112,15 @@ def train_in(
         write_facts(directory, text, overrides, where, config)
         directory.status("running", step=progress.total_steps)
         directory.start_logs(progress.log_bytes)
-    started = time.perf_counter()
+    if state is not None:
+        run.clock.load_state_dict(state["clock"])
     display.start({"run": str(directory.path), **describe(config, where)})
     try:
         train(run)
     finally:
         display.stop()
     if dist.rank() == 0:
-        summary = summarise(run, builder.work, config, overrides, time.perf_counter() - started)
+        summary = summarise(run, builder.work, config, overrides)
         directory.write_json("summary.json", summary)
         directory.status("finished", step=progress.total_steps, exit_code=OK)
         console.final_table(summary)
@@ -226,7 +226,7 @@ def show_plan(config: dict[str, Any], where: torch.device) -> int:
 
 
 def summarise(
-    run: Run, work: Work, config: dict[str, Any], overrides: Sequence[str], seconds: float
+    run: Run, work: Work, config: dict[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The content of summary.json."""
     progress = run.progress
@@ -240,13 +240,10 @@ def summarise(
         "best_task": progress.best_task,
         "baseline": work.baseline,
         "directions": {t.name: {m: direction(m) for m in t.metrics} for t in work.tasks},
-        "units": {
-            t.name: {m: t.unit if m in ("mae", "rmse") else "" for m in t.metrics}
-            for t in work.tasks
-        },
+        "units": {t.name: {m: console.unit(t.unit, m) for m in t.metrics} for t in work.tasks},
         "stages": progress.outcomes,
         "parameters": sum(p.numel() for p in work.model.parameters()),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(run.clock.seconds, 1),
         "images_per_second": round(run.clock.images_per_second, 1),
         "seed": config["seed"],
         "world": dist.world(),

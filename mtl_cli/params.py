@@ -93,7 +93,8 @@ def param_table(model: nn.Module, rules: ParamRules, layers: Layers) -> list[Par
         lr_mult = _longest(rules.lr_mult, name, 1.0) * _layer_factor(name, rules, layers)
         frozen = any(matches(rule, name) for rule in rules.freeze) or lr_mult == 0
         unfreeze_at = _longest(rules.unfreeze_at, name, 0.0)
-        decay = parameter.ndim > 1  # biases and norms are not decayed
+        # biases, norms, tokens, position embeddings and layer scales are not decayed
+        decay = parameter.ndim > 1 and name.endswith("weight")
         rows.append(ParamRow(name, parameter, lr_mult, decay, frozen, unfreeze_at))
     return rows
 
@@ -152,6 +153,7 @@ def format_table(rows: Iterable[ParamRow]) -> list[str]:
 
 def rename_rules(rules: ParamRules, only: set[str]) -> ParamRules:
     """Drop rules about heads of tasks that a stage does not have."""
+
     def kept(name: str) -> bool:
         return not name.startswith("heads.") or name.split(".")[1] in only
 

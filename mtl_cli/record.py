@@ -191,6 +191,7 @@ def state_of(run: Run, work: Work) -> dict[str, Any]:
         "weighting": dict(work.weighting.state_dict()),
         "scale": work.scale.state_dict(),
         "meter": work.meter.state_dict(),
+        "clock": run.clock.state_dict(),
     }
 
 

@@ -230,15 +230,32 @@ class Clock:
     def __init__(self) -> None:
         self.worked_s = 0.0
         self.waited_s = 0.0
-        self.images = 0
+        self.evaluated_s = 0.0
+        self.images = 0.0
         self.saved_at: float | None = None
-        self._taken = (0.0, 0.0, 0)
+        self._taken = (0.0, 0.0, 0.0)
 
     def add(self, *, waited: float, worked: float, images: int) -> None:
         """Add one step."""
         self.waited_s += waited
         self.worked_s += worked
         self.images += images
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all resumes, evaluation included."""
+        return self.worked_s + self.waited_s + self.evaluated_s
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain values, so that a resumed run reports its whole time."""
+        names = ("worked_s", "waited_s", "evaluated_s", "images")
+        return {name: float(getattr(self, name)) for name in names}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._taken = (self.worked_s, self.waited_s, self.images)
 
     def saved(self) -> None:
         """Note that a checkpoint was written now."""

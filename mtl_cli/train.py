@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_cli import dist
 from mtl_cli.checkpoint import find
@@ -65,7 +65,9 @@ def run_stage(run: Run, work: Work) -> None:
         progress.epoch += 1
         progress.step_in_epoch = 0
         names = note_best(run, work, evaluation)
-        log_evaluation(run, work, evaluation, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        run.clock.evaluated_s += seconds
+        log_evaluation(run, work, evaluation, seconds)
         work.meter.epoch.zero_()
         save(run, work, names)
 
@@ -211,9 +213,33 @@ def apply(work: Work, updates: Sequence[Update], step: int) -> None:
             group["lr"] = work.peak_lr * factor * task_factor * group["lr_mult"]
         for parameter, grad in zip(update.parameters, update.grads, strict=True):
             parameter.grad = grad
-        optimizer.step()
+        if update.optimizer == "weighting":
+            step_present(optimizer, update.parameters, work.engine.present)
+        else:
+            optimizer.step()
         for parameter in update.parameters:
             parameter.grad = None
+
+
+def step_present(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], present: Tensor
+) -> None:
+    """Step a strategy's learned scalars [T]; value and moments of absent objectives rest.
+
+    Their gradient is 0, but momentum would still move them.
+    """
+    rests = torch.ones(len(parameters[0]), dtype=torch.bool)
+    rests[present] = False
+
+    def tensors() -> list[Tensor]:
+        moments = [m for p in parameters for m in optimizer.state[p].values()]
+        return [*parameters, *(m for m in moments if m.shape == parameters[0].shape)]
+
+    before = [t.detach()[rests].clone() for t in tensors()]
+    optimizer.step()
+    with torch.no_grad():
+        for number, tensor in enumerate(tensors()):
+            tensor[rests] = before[number] if number < len(before) else 0.0
 
 
 def seed_step(work: Work, step: int) -> None:
