@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read or is not a mapping; names line and column.
     """
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path))
+        state = path.stat()
+        raw = copy.deepcopy(_parse(path, state.st_mtime_ns, state.st_size))
     except yaml.YAMLError as error:
         raise ConfigError(yaml_problem(error, str(path))) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -59,6 +61,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: not a mapping of keys (found {type(raw).__name__})")
     return {str(key): value for key, value in raw.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(path: Path, changed_ns: int, size: int) -> Any:
+    """Plain content of a YAML file, read again when it changes; every sweep job asks for it."""
+    del changed_ns, size
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def yaml_problem(error: yaml.YAMLError, path: str = "") -> str:

@@ -203,6 +203,7 @@ class _Resolver:
         self.command = command
         self.groups = set(composer.groups())
         self.problems: list[str] = []
+        self.composed: dict[tuple[str, ...], Composed] = {}  # a tenth of a second each
 
     def run(self) -> tuple[Composed | None, list[str]]:
         choices, values = [], []
@@ -343,8 +344,11 @@ class _Resolver:
         return False
 
     def _compose(self, overrides: list[str], *, quiet: bool = False) -> Composed | None:
+        key = tuple(overrides)
         try:
-            return self.composer.compose(overrides)
+            if key not in self.composed:
+                self.composed[key] = self.composer.compose(overrides)
+            return self.composed[key]
         except ConfigError as error:
             if not quiet:
                 self.problems += error.problems

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,16 @@ def through_hydra(command: Command) -> int:
 
     entry = hydra.main(config_path=str(conf_dir()), config_name=ROOT_CONFIG, **version_base())(job)
     GlobalHydra.instance().clear()
+    log = logging.getLogger()
+    handlers, level = list(log.handlers), log.level
     with mock.patch.object(sys, "argv", ["mtl", *arguments]):
         try:
             entry()
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else OK
+        finally:  # --info logs to the standard output
+            log.handlers[:] = handlers
+            log.setLevel(level)
     return SweepError.exit_code if failed else OK
 
 

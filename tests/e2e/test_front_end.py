@@ -36,26 +36,25 @@ def mtl(*argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProces
     ],
 )
 def test_answers_without_torch_and_fast(argv, code, tmp_path):
+    """Processor time, so that a busy machine does not decide; nothing here waits for anything."""
     script = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys, time\n"
         "from mtl_cli.cli import main\n"
         f"code = main({argv!r})\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
-        "print('TOOK', time.perf_counter() - started, file=sys.stderr)\n"
+        "print('TOOK', time.process_time(), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    best = float("inf")
-    for _ in range(3):  # another process may have the core
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        best = min(best, float(done.stderr.rpartition("TOOK")[2]))
-        if best < 1:
-            break
-    assert best < 1
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert float(done.stderr.rpartition("TOOK")[2]) < 1
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
