@@ -133,7 +133,7 @@ def _active_set(h: Array, c: Array) -> Array:
         passive[entering] = True
         for _ in range(len(c)):
             on = np.flatnonzero(passive)
-            z = np.linalg.lstsq(h[np.ix_(on, on)], c[on], rcond=1e-13)[0]
+            z = _solve_or_nearest(h[on][:, on], c[on])
             if z.min() > 0:
                 x[:] = 0
                 x[on] = z
@@ -146,6 +146,17 @@ def _active_set(h: Array, c: Array) -> Array:
                 break
         x[~passive] = 0
     return x
+
+
+def _solve_or_nearest(h: Array, c: Array) -> Array:
+    """H^-1 c, or the shortest least-squares solution where H is singular to rounding."""
+    try:
+        z = np.asarray(np.linalg.solve(h, c), dtype=np.float64)
+        if np.abs(z).max() < 1e7 * np.abs(c).max():
+            return z
+    except np.linalg.LinAlgError:
+        pass
+    return np.asarray(np.linalg.lstsq(h, c, rcond=1e-13)[0], dtype=np.float64)
 
 
 def min_norm(gramian: Array) -> tuple[Array, bool]:
@@ -238,8 +249,8 @@ def _newton(h: Array, target: Array, alpha: float) -> tuple[Array, bool]:
         force = target * v ** (-1 / alpha)
         gradient = h @ v - force
         previous, residual = residual, float(np.abs(gradient / force).max())
-        if residual < 1e-13 or (residual < 1e-9 and residual > 0.5 * previous):
-            return v, True
+        if residual < 1e-13 or (residual < 1e-3 and residual > 0.5 * previous):
+            return v, True  # converged, or down to the rounding of nearly opposed rows
         try:
             step = -np.linalg.solve(h + np.diag(force / (alpha * v)), gradient)
         except np.linalg.LinAlgError:
@@ -275,8 +286,9 @@ def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
     mean = float(uniform @ q)
     if mean <= 1e-20 or c == 0:
         return uniform, 0.0, c == 0
-    s = c * np.sqrt(mean)
-    low, high, t = 0.0, 2.0 / s, np.sqrt(mean) / s
+    s = c * math.sqrt(mean)
+    vanishing = 1e-7 * math.sqrt(float(g.diagonal().min()))  # a shorter x has no direction
+    low, high, t = 0.0, 2.0 / s, math.sqrt(mean) / s
     w, certain = uniform, True
     for _ in range(100):
         w, certain = min_norm(g + t * (q[:, None] + q) + t * t * mean)
@@ -288,11 +300,11 @@ def conflict_averse(gramian: Array, c: float) -> tuple[Array, float, bool]:
             low = t
         else:
             high = t
-        if high - low <= 4 * EPS * high:
+        if high - low <= 4 * EPS * high or s * high <= vanishing:
             break
         t = following if low < following < high else (low + high) / 2
     size = _length(g, w)
-    if size <= 1e-7 * math.sqrt(float(g.diagonal().min())):
+    if size <= vanishing:
         return w, 0.0, False
     return w, s / size, certain
 

@@ -20,7 +20,14 @@ from mtl_cli.weighting.base import (
     Weighting,
 )
 
-COLUMN_LOCAL = ("TrimmedMean", "GradDrop")  # aggregators that treat every column on its own
+COLUMN_LOCAL = ("TrimmedMean", "GradDrop")  # treat every column on its own
+ROTATING = ("ConFIG", "NashMTL")  # take the matrix, yet depend on its Gramian alone
+OWN = {  # need more than one Gramian; ours are exact
+    "ExcessMTL": "excess_mtl",
+    "ExcessMTLWeighting": "excess_mtl",
+    "MoDoWeighting": "modo",
+    "SDMGradWeighting": "sdmgrad",
+}
 
 
 def from_torchjd(
@@ -41,7 +48,8 @@ def from_torchjd(
     Args:
         objectives: injected.
         method: class name, such as UPGrad, KrumWeighting, TrimmedMean, PCD, COSMOS.
-        arguments: of its constructor.
+        arguments: of its constructor; lists become tensors, names of TorchJD classes objects of
+            them (CRMOGMWeighting wants ``weighting: MGDAWeighting``).
         seed: injected.
         heads: as in :class:`Weighting`.
         transform: as in :class:`Weighting`.
@@ -49,33 +57,49 @@ def from_torchjd(
 
     Raises:
         ConfigError: TorchJD is not installed, has no such class, refuses the arguments, or the
-            class needs the whole gradient matrix at once.
+            class needs more than a Gramian or single columns.
     """
     aggregation, scalarization = _modules()
     found = getattr(aggregation, method, None) or getattr(scalarization, method, None)
     if not isinstance(found, type):
         known = [n for m in (aggregation, scalarization) for n in m.__all__]
         raise ConfigError(
-            f"weighting.method: TorchJD has no {method!r} (found {', '.join(sorted(known))})"
-            + nearest(method, known)
+            f"weighting.method: TorchJD has no {method!r} (expected one of "
+            f"{', '.join(sorted(known))})" + nearest(method, known)
+        )
+    if method in OWN:
+        raise ConfigError(
+            f"weighting.method: {method} needs more than one Gramian; use weighting={OWN[method]}"
         )
     try:
-        module = found(**dict(arguments or {}))
+        module = found(**{k: _argument(aggregation, v) for k, v in dict(arguments or {}).items()})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"weighting.arguments: {method} cannot be built: {error}") from error
     common: dict[str, Any] = {"seed": seed, "transform": transform, "reduction": reduction}
     if isinstance(module, scalarization.Scalarizer):
         return _Scalarized(objectives, module, **common)
     common["heads"] = heads
-    inner = getattr(module, "gramian_weighting", module)
-    if isinstance(inner, aggregation.Weighting):
-        return _Weighted(objectives, inner, **common)
     if method in COLUMN_LOCAL:
         return _ByColumn(objectives, module, **common)
+    if method in ROTATING:
+        return _Rotated(objectives, module, **common)
+    inner = getattr(module, "gramian_weighting", getattr(module, "weighting", module))
+    if method == "CRMOGMWeighting" or not isinstance(module, aggregation.Aggregator):
+        inner = module
+    if isinstance(inner, aggregation.Weighting):
+        return _Weighted(objectives, inner, **common)
     raise ConfigError(
         f"weighting.method: {method} needs the whole gradient matrix at once, which is never "
-        "formed here; use the strategy of the same name if there is one (mtl conf ls)"
+        "formed here"
     )
+
+
+def _argument(aggregation: Any, value: Any) -> Any:
+    if isinstance(value, str) and isinstance(getattr(aggregation, value, None), type):
+        return getattr(aggregation, value)()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return torch.tensor(list(value), dtype=torch.float64)
+    return value
 
 
 def _modules() -> tuple[Any, Any]:
@@ -113,6 +137,18 @@ class _Weighted(GramianWeighting):
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         return _seeded(self, step, lambda: self.module(gramian)).double()
+
+
+class _Rotated(_Weighted):
+    """An aggregator that rotates with its rows: run on the square root of the Gramian."""
+
+    def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """The w with w' S = what the aggregator makes of S, S S = G."""
+        values, vectors = torch.linalg.eigh(gramian)
+        root = vectors @ (values.clamp_min(0).sqrt()[:, None] * vectors.T)
+        combined = _seeded(self, step, lambda: self.module(root)).double()
+        weights: Tensor = torch.linalg.pinv(root, hermitian=True) @ combined
+        return weights
 
 
 class _ByColumn(GradientWeighting):

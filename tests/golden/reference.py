@@ -14,13 +14,13 @@ from torch import Tensor
 from mtl_cli.task import Objective
 from mtl_cli.weighting.base import GramianWeighting
 from mtl_cli.weighting.gramian import (
+    IMTLG,
     MGDA,
     AlignedMTL,
     CAGrad,
     ConFIG,
     DualProj,
     FairGrad,
-    IMTLG,
     NashMTL,
     UPGrad,
 )

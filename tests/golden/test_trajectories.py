@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ def test_amortised_famo_follows_the_next_losses():
     assert not cheap.recompute
     for step, losses in enumerate(LOSSES):
         cheap.advance(step, ALL, losses)
-    for step, (losses, after) in enumerate(zip(LOSSES, LOSSES[1:], strict=False)):
+    for step, (losses, after) in enumerate(itertools.pairwise(LOSSES)):
         exact.advance(step, ALL, losses)
         exact.look_ahead(step, ALL, after)
     torch.testing.assert_close(cheap.logits, exact.logits)

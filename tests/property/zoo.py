@@ -134,7 +134,17 @@ def matrix(case: str, count: int) -> Tensor:
     return rows
 
 
-CASES = "random conflicting agreeing scaled parallel opposed dependent short tiny huge".split() + [
+CASES = [
+    "random",
+    "conflicting",
+    "agreeing",
+    "scaled",
+    "parallel",
+    "opposed",
+    "dependent",
+    "short",
+    "tiny",
+    "huge",
     "zero row",
     "all zero",
 ]
