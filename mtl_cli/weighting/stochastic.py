@@ -123,8 +123,9 @@ class SDMGrad(_ThreeBatches):
         length = float(np.sqrt(np.maximum(g.diagonal(), 0)).mean())
         mass = float(self.simplex[present].sum())
         w = self.simplex[present].numpy() / mass if mass > 0 else preference
-        if length > 0:
-            g = g / (length**2 + self.eps)
+        scale = length**2 + self.eps
+        if scale > 0:
+            g = g / scale
             velocity = np.zeros(count)
             for _ in range(self.iterations):
                 velocity = self.momentum * velocity + g @ (w + self.mean_pull * preference)

@@ -213,6 +213,19 @@ class TestTorchJD:
             found, _ = take_step(build(ours, 5), rows, losses)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
+    def test_double_sampling_agrees_with_torchjd(self):
+        aggregation = pytest.importorskip("torchjd.aggregation")
+        pairs = [
+            (build("modo", 3, gamma=0.1, rho=0.1), aggregation.MoDoWeighting(0.1, 0.1)),
+            (build("sdmgrad", 3), aggregation.SDMGradWeighting(lr=5.0)),
+        ]
+        for ours, theirs in pairs:
+            for step in range(12):
+                one, other = matrix("random", 8)[:3], matrix("random", 40)[step : step + 3]
+                cross = one @ other.T
+                found = ours.row_weights(cross, some_losses(3), torch.arange(3), step)
+                torch.testing.assert_close(found, theirs(cross))
+
     def test_mgda_of_torchjd_is_longer_than_the_minimum(self):
         rows, losses = matrix("scaled", 8), some_losses(8)
         theirs, _ = take_step(build("torchjd", 8, method="MGDA"), rows, losses)
