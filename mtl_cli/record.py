@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtl_cli import __version__, dist
 from mtl_cli.errors import DataError, NonFiniteError
 from mtl_cli.evaluate import Evaluation
+from mtl_cli.predictions import rows, to_csv
 from mtl_cli.routes import StepReport
 from mtl_cli.run import Run
 from mtl_cli.task import Batch
@@ -82,6 +83,8 @@ def note_best(run: Run, work: Work, evaluation: Evaluation) -> tuple[str, ...]:
         progress.best_score = value if value is not None else float("-inf")
         progress.best, progress.waited = record, 0
         names.append("best")
+        if dist.rank() == 0:
+            save_predictions(run, work, evaluation)
     else:
         progress.waited += 1
     for task in work.tasks:
@@ -139,6 +142,18 @@ def gradient_facts(report: StepReport, names: Sequence[str]) -> dict[str, Any]:
         "cos": dict(zip(present, cosines.tolist(), strict=True)),
         "conflicts": int((pairs < 0).sum()) / count,
     }
+
+
+def save_predictions(run: Run, work: Work, evaluation: Evaluation) -> None:
+    """val_predictions.csv of the best checkpoint: prediction and label per image and task."""
+    index = evaluation.index
+    files = [work.data.table.files[i] for i in index.tolist()]
+    labels = {
+        t.name: (work.data.targets[t.name][index], work.data.valid[t.name][index])
+        for t in work.tasks
+    }
+    table = rows(files, work.tasks, evaluation.raw, labels)
+    run.dir.write_text("val_predictions.csv", to_csv(table))
 
 
 def log_evaluation(run: Run, work: Work, evaluation: Evaluation, seconds: float) -> None:

@@ -16,6 +16,16 @@ USAGE = (
 )
 
 
+def main(argv: Sequence[str]) -> int:
+    """Entry of the command line."""
+    from mtl_cli.console import say
+
+    if "--help" in argv or "-h" in argv:
+        say(f"{USAGE}\n\nJudge a trained run on a split, under its own config, the constant predictor beside it.")
+        return OK
+    return run(argv, say)
+
+
 def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     """Judge a trained run on a split, under its own config.
 

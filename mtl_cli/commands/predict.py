@@ -12,6 +12,16 @@ from mtl_cli.errors import OK, ConfigError, DataError
 USAGE = "mtl predict RUN|CHECKPOINT IMAGE|DIR... [--out FILE.csv|FILE.jsonl] [--device D]"
 
 
+def main(argv: Sequence[str]) -> int:
+    """Entry of the command line."""
+    from mtl_cli.console import say
+
+    if "--help" in argv or "-h" in argv:
+        say(f"{USAGE}\n\nPredict images with a trained run: one row per image and task, in units and class names.")
+        return OK
+    return run(argv, say)
+
+
 def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     """Predict images with a trained run.
 
