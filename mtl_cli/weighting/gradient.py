@@ -59,13 +59,18 @@ def hashed_uniform(seed: int, start: int, count: int, device: torch.device) -> T
     Two rounds of a 32-bit multiply-xorshift hash (constants of Wellons' ``lowbias32``), keyed
     before each round; int32 arithmetic wraps.
     """
-    low, high = (seed & 0xFFFFFFFF) - (1 << 31), (seed >> 31 & 0xFFFFFFFF) - (1 << 31)
-    x = torch.arange(start, start + count, dtype=torch.int32, device=device)
-    for key in (low, high):
-        x ^= key
-        x ^= (x >> 16) & 0xFFFF
-        x *= 0x21F0AAAD
-        x ^= (x >> 15) & 0x1FFFF
-        x *= 0xD35A2D97 - (1 << 32)
-        x ^= (x >> 15) & 0x1FFFF
-    return ((x >> 8) & 0xFFFFFF).float() / (1 << 24)
+    keys = [(part & 0xFFFFFFFF) - (1 << 31) for part in (seed, seed >> 31)]
+    draws = torch.empty(count, device=device)
+    piece = 1 << 15 if device.type == "cpu" else max(count, 1)  # stays in the cache
+    for first in range(0, count, piece):
+        last = min(first + piece, count)
+        x = torch.arange(start + first, start + last, dtype=torch.int32, device=device)
+        for key in keys:
+            x ^= key
+            x ^= (x >> 16).bitwise_and_(0xFFFF)
+            x *= 0x21F0AAAD
+            x ^= (x >> 15).bitwise_and_(0x1FFFF)
+            x *= 0xD35A2D97 - (1 << 32)
+            x ^= (x >> 15).bitwise_and_(0x1FFFF)
+        torch.mul((x >> 8).bitwise_and_(0xFFFFFF), 2.0**-24, out=draws[first:last])
+    return draws
