@@ -75,6 +75,8 @@ def _command(arguments: list[str]) -> int:
 
 def _report(error: BaseException, debug: bool) -> None:
     """One line per problem on stderr; the traceback only if asked."""
+    if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
+        return  # every rank reads the same command line; rank 0 says it
     if debug:
         traceback.print_exception(error)
     text = str(error) if isinstance(error, MtlError) else f"{type(error).__name__}: {error}"

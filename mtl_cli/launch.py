@@ -104,7 +104,7 @@ def _start(command: Command) -> int:
         assert cfg is not None
         return run_one(command, cfg, None, command.overrides)
     job = resume.load(composer, command, value)
-    for line in job.notes:
+    for line in job.notes if os.environ.get("RANK", "0") == "0" else ():
         sys.stderr.write(f"mtl: {line}\n")
     return run_one(command, job.cfg, job.run_dir, job.overrides)
 

@@ -18,6 +18,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -166,12 +167,13 @@ def _run_all(command: Command, jobs: list[Job], root: Path) -> int:
     """Run the jobs in order; the table is printed whatever happens."""
     stopped = False
     try:
-        for number, job in enumerate(jobs, 1):
-            with _isolated():
-                _run_job(command, job, f"job {number}/{len(jobs)} {job.key}")
-            if job.exit_code in INTERRUPTED:
-                stopped = True
-                break
+        with _stoppable():
+            for number, job in enumerate(jobs, 1):
+                with _isolated():
+                    _run_job(command, job, f"job {number}/{len(jobs)} {job.key}")
+                if job.exit_code in INTERRUPTED:
+                    stopped = True
+                    break
     except KeyboardInterrupt:
         stopped = True
     finally:
@@ -257,6 +259,24 @@ def _clear(directory: Path) -> None:
             shutil.rmtree(path)
         elif not re.fullmatch(r"error\.\d+\.txt", path.name):
             path.unlink()
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Between two jobs a signal ends the sweep in order; during one the job has its own handlers."""
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
 import types
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mtl_cli import sweep
 from mtl_cli.cli import main
 from mtl_cli.config import to_text
 from mtl_cli.errors import DataError
@@ -127,6 +130,23 @@ def test_a_signal_stops_the_sweep_and_it_continues(job, root, capsys):
     job.started.clear()
     assert main(["train", f"resume={place}"]) == 0
     assert job.started == [], "finished jobs are not done again"
+
+
+def test_a_signal_between_two_jobs_ends_in_a_table(job, root, monkeypatch, capsys):
+    run_job = sweep._run_job
+
+    def signalled(command, point, title):
+        run_job(command, point, title)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sweep, "_run_job", signalled)
+    assert main(["train", "-m", "seed=1,2"]) == 75
+    text = capsys.readouterr()
+    assert "seed-1  finished" in text.out
+    assert f"mtl train resume={root()}" in text.err
+    assert len(job.started) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_failed_job_is_done_again_from_the_start(job, root):
