@@ -88,7 +88,7 @@ def open_data(config: Config, device: torch.device, statistics: Any = None) -> D
     )
 
 
-def build_losses(config: Config, tasks: Sequence[Task]) -> ByTask:
+def build_losses(config: Config, tasks: Sequence[Task]) -> ByTask[Loss]:
     """One loss per task."""
     return ByTask(
         {t.name: make(config["losses"][t.name], f"losses.{t.name}", task=t) for t in tasks}
@@ -110,7 +110,7 @@ def build_model(config: Config, tasks: Sequence[Task]) -> MultiTaskModel:
     return MultiTaskModel(backbone, heads)
 
 
-def build_objectives(losses: Mapping[str, Loss], tasks: Sequence[Task]) -> tuple[Objective, ...]:
+def build_objectives(losses: ByTask[Loss], tasks: Sequence[Task]) -> tuple[Objective, ...]:
     """The loss vector: every task's terms in the order of the tasks."""
     return tuple(
         Objective(f"{task.name}/{term}" if term else task.name, task.name, likelihood, prior)
@@ -289,7 +289,7 @@ def assemble(
     if dtype == "fp64":
         model = model.double()
     losses = build_losses(config, tasks).to(device)
-    objectives = build_objectives(losses, tasks)  # type: ignore[arg-type]
+    objectives = build_objectives(losses, tasks)
     weighting: Weighting = make(
         config["weighting"], "weighting", objectives=objectives, seed=config["seed"]
     )
@@ -314,7 +314,7 @@ def assemble(
         data=data,
         tasks=tasks,
         model=model,
-        losses=losses,  # type: ignore[arg-type]
+        losses=losses,
         objectives=objectives,
         weighting=weighting,
         engine=engine,

@@ -20,7 +20,7 @@ def resolve(name: str) -> torch.device:
     if name == "auto":
         name = _automatic()
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{dist.local_rank()}" if name == "cuda" else name)
     except RuntimeError as error:
         raise ConfigError(
             f"device: unknown (found '{name}', expected auto, cpu, cuda, cuda:N or mps)"
@@ -28,8 +28,6 @@ def resolve(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device: {name} cannot be used ({why_no_cuda()}); use device=cpu")
-        if device.index is None:
-            device = torch.device("cuda", dist.local_rank())
         if device.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"device: no {device} (found {torch.cuda.device_count()} CUDA devices)"

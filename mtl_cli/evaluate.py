@@ -19,7 +19,7 @@ from mtl_cli.task import Task
 if TYPE_CHECKING:
     from mtl_cli.data.base import DataSet
     from mtl_cli.losses import Loss
-    from mtl_cli.model import MultiTaskModel
+    from mtl_cli.model import ByTask, MultiTaskModel
     from mtl_cli.run import StopFlag
     from mtl_cli.work import Work
 
@@ -83,7 +83,7 @@ def evaluate(work: Work, split: str, stop: StopFlag | None = None) -> Evaluation
 def evaluate_model(  # noqa: PLR0913 - what a judgement depends on, spelt out
     model: MultiTaskModel,
     tasks: Sequence[Task],
-    losses: Mapping[str, Loss],
+    losses: ByTask[Loss],
     data: DataSet,
     baseline: Mapping[str, Mapping[str, float | None]],
     split: str,
@@ -126,7 +126,7 @@ def evaluate_model(  # noqa: PLR0913 - what a judgement depends on, spelt out
 
 def judge(
     tasks: Sequence[Task],
-    losses: Mapping[str, Loss],
+    losses: ByTask[Loss],
     data: DataSet,
     baseline: Mapping[str, Mapping[str, float | None]],
     raw: Mapping[str, Tensor],

@@ -90,19 +90,22 @@ def train_in(
     if state is not None:
         progress.load_state_dict(state["progress"])
         note_world(state, where, display)
+    text = to_text(cfg)
+    schedule = build.make(config["schedule"], "schedule")
+    stages = schedule.stages(tuple(config["task"]["outputs"]))
+    if progress.finished:
+        progress.finished = progress.epoch >= (stages[-1].epochs or config["epochs"])
     if progress.finished:
         display.message(f"{directory.path}: already finished, nothing to do")
         dist.shutdown()
         return OK
-    text = to_text(cfg)
-    schedule = build.make(config["schedule"], "schedule")
     builder = build.StageBuilder(
         config, directory.path, schedule, where, progress, state, display.message
     )
     run = Run(
         dir=directory,
         config_text=text,
-        stages=schedule.stages(tuple(config["task"]["outputs"])),
+        stages=stages,
         stage=builder,
         progress=progress,
         stop=stop,
@@ -140,7 +143,8 @@ def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
     directory = RunDir(Path(dist.broadcast(str(path))))
     if dist.rank() == 0:
         directory.open()
-        point_latest(directory.path)
+        if run_dir is None:  # the jobs of a sweep have no latest
+            point_latest(directory.path)
     return directory
 
 

@@ -6,24 +6,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtl_cli.task import mix64
 
+Part = TypeVar("Part", bound=nn.Module)
 
-class ByTask(nn.Module):
+
+class ByTask(nn.Module, Generic[Part]):
     """Modules by task name; unlike ``nn.ModuleDict`` a task may be called ``type`` or ``train``."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, Part]) -> None:
         super().__init__()
         self._modules.update(modules)
 
-    def __getitem__(self, task: str) -> nn.Module:
-        module = self._modules[task]
-        assert module is not None
-        return module
+    def __getitem__(self, task: str) -> Part:
+        return cast(Part, self._modules[task])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)

@@ -183,7 +183,8 @@ def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: 
     torch._foreach_copy_(list(work.model.buffers()), buffers)
     losses = dist.sum_(sums.to(work.device)).cpu()[report.present] * work.engine.factors
     if bool(torch.isfinite(losses).all()):
-        work.weighting.look_ahead(step, report.present, losses)
+        values, _ = work.weighting.transformed(losses, report.present)
+        work.weighting.look_ahead(step, report.present, values)
 
 
 def label_counts(work: Work, micro: Sequence[Batch | None]) -> Tensor:

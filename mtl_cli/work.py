@@ -15,7 +15,7 @@ from mtl_cli.backward import BackwardEngine
 from mtl_cli.data.base import DataSet
 from mtl_cli.losses import Loss
 from mtl_cli.lr import LearningRate
-from mtl_cli.model import MultiTaskModel
+from mtl_cli.model import ByTask, MultiTaskModel
 from mtl_cli.params import ParamRow
 from mtl_cli.precision import LossScale
 from mtl_cli.routes import StepReport
@@ -33,7 +33,7 @@ class Work:
     data: DataSet
     tasks: tuple[Task, ...]
     model: MultiTaskModel
-    losses: Mapping[str, Loss]
+    losses: ByTask[Loss]
     objectives: tuple[Objective, ...]
     weighting: Weighting
     engine: BackwardEngine
