@@ -94,6 +94,21 @@ def test_an_epoch_can_be_entered_anywhere(tmp_path, augment):
     assert not _equal(_flat(whole), _flat(data.train_batches(stage=1, epoch=3)))
 
 
+def test_augmentation_changes_with_seed_stage_and_epoch(tmp_path):
+    first = _data(tmp_path, batch_size=48, margin=1.0)
+    assert first.steps_per_epoch == 1  # every epoch then has the same rows
+    views = [
+        next(_data(tmp_path, batch_size=48, margin=1.0, seed=seed).train_batches(stage=s, epoch=e))[
+            0
+        ]
+        for s, e, seed in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
+    ]
+    sorted_views = [view.images[view.index.argsort()] for view in views]
+    for other in sorted_views[1:]:
+        same = (sorted_views[0] == other).flatten(1).all(1).float().mean()
+        assert same < 0.2
+
+
 def test_an_abandoned_epoch_leaves_nothing_behind(tmp_path):
     expected = _flat(_data(tmp_path).train_batches(stage=0, epoch=1))
     data = _data(tmp_path, workers=2)
