@@ -27,7 +27,7 @@ usage: mtl data ls                                             tasks that come w
        mtl data inspect TASK [key=value ...]                   counts and histograms per split
        mtl data check TASK [key=value ...]                     decode every file, find doubles
        mtl data preview TASK [key=value ...] [--write x.png]   a sheet of training samples
-       mtl data prepare TASK [key=value ...]                   unpack and decode into the cache
+       mtl data prepare TASK [key=value ...]                   unpack, decode, fetch weights
        mtl data cache ls | clear [NAME]                        decoded images kept on disk
 """
 _EVERY_S = 5.0
@@ -91,8 +91,10 @@ def run(args: list[str], compose: Compose, say: Say, options: dict[str, str] | N
     if verb == "inspect" and words[0] in ("csv", "table"):
         return _inspect_table(words[1:], say, options)
     first = words[0] if "=" in words[0] else f"task={words[0]}"
-    data = _open(compose([first, *words[1:]]), say)
-    verbs[verb](data, say, options)
+    cfg = compose([first, *words[1:]])
+    verbs[verb](_open(cfg, say), say, options)
+    if verb == "prepare":
+        _fetch_weights(cfg, say)
     return OK
 
 
@@ -164,6 +166,16 @@ def _prepare(data: DataSet, say: Say, _: dict[str, str]) -> None:
     where = getattr(data.store, "path", data.store.kind)
     total = sum(report["samples"].values())
     say(f"{total} images ready in {time.perf_counter() - started:.1f} s: {where}")
+
+
+def _fetch_weights(cfg: DictConfig, say: Say) -> None:
+    """Pretrained weights too, so that a compute node without network can start."""
+    from mtl_cli.build import make, plain_config
+
+    node = plain_config(cfg)["backbone"]
+    if node.get("pretrained"):
+        make(node, "backbone")
+        say(f"weights of {cfg.backbone.get('name', 'the backbone')} ready")
 
 
 def _inspect_table(words: list[str], say: Say, options: dict[str, str]) -> int:

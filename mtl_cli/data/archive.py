@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ from mtl_cli.data.cache import Progress, default_dir, locked
 from mtl_cli.data.images import SUFFIXES
 from mtl_cli.errors import DataError, ResourceError
 
+log = logging.getLogger(__name__)
 ENDINGS = (".tar.gz", ".tgz", ".tar")
 MAX_MEMBERS = 2_000_000
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -52,6 +54,7 @@ def unpack(archive: Path, cache_dir: Path | None, progress: Progress | None = No
             if not folder.is_dir():
                 for stale in home.glob(f"{folder.name}.tmp.*"):
                     shutil.rmtree(stale)
+                log.info("unpacking %s into %s, once", archive, home)
                 temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp.", dir=home))
                 try:
                     _copy_members(archive, temporary, progress)
