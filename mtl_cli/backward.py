@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mtl_cli import dist
 from mtl_cli.model import MultiTaskModel
 from mtl_cli.precision import LossScale
-from mtl_cli.routes import CutRoute, RowsRoute, StepReport, SumRoute, Update, overflow
+from mtl_cli.routes import CutRoute, PartsRoute, RowsRoute, StepReport, SumRoute, Update, overflow
 from mtl_cli.schedule.base import Turn
 from mtl_cli.task import Objective
 from mtl_cli.weighting.base import (
@@ -68,23 +68,30 @@ class BackwardEngine:
         Args:
             turn: which tasks learn, for which optimizers.
             step: optimizer steps attempted so far.
-            counts: [T, 2] float64, global denominators and labels of every objective.
+            counts: [G, T, 2] float64, global denominators and labels of every objective in each of
+                the G parts of the batch (three for strategies that need independent batches).
         """
         self.turn = turn
         self.step = step
         self.present = torch.tensor(
-            [i for i, o in enumerate(self.objectives) if o.task in turn.tasks and counts[i, 1] > 0],
+            [
+                i
+                for i, o in enumerate(self.objectives)
+                if o.task in turn.tasks and bool((counts[:, i, 1] > 0).all())
+            ],
             dtype=torch.int64,
         )
         self.tasks = tuple(dict.fromkeys(self.objectives[i].task for i in self.present.tolist()))
-        self.factors = self.priors[self.present] / counts[self.present, 0]
+        self.factors = self.priors[self.present] / counts[:, self.present, 0]  # [G, K]
         device = next(self.model.parameters()).device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss_sums = torch.zeros(len(self.present), dtype=dtype, device=device)
         self.losses = self.loss_sums
         self.shared = self.model.shared_parameters()
         self.weights: Tensor | None = None  # of the strategy, [K]; None until they can be known
-        self.slopes = torch.ones_like(self.factors)  # of the loss transform, [K]
+        self.slopes = torch.ones(
+            len(self.present), dtype=torch.float64
+        )  # of the loss transform, [K]
         self.declared: Tensor | None = None
         if len(self.present):
             self._declare()
@@ -97,7 +104,11 @@ class BackwardEngine:
         return {name: f.detach().requires_grad_() for name, f in features.items()}
 
     def accumulate(
-        self, features: dict[str, Tensor], leaves: dict[str, Tensor], sums: dict[int, Tensor]
+        self,
+        features: dict[str, Tensor],
+        leaves: dict[str, Tensor],
+        sums: dict[int, Tensor],
+        part: int = 0,
     ) -> None:
         """Add one micro-batch.
 
@@ -105,14 +116,18 @@ class BackwardEngine:
             features: the backbone's output.
             leaves: what :meth:`cut` returned for it.
             sums: objective index -> loss sum over this micro-batch's valid labels, fp32 scalar.
+            part: which of the G parts of the batch it belongs to.
         """
         if not len(self.present):
             return
         losses = [
             sums[i] * float(factor)
-            for i, factor in zip(self.present.tolist(), self.factors.tolist(), strict=True)
+            for i, factor in zip(self.present.tolist(), self.factors[part].tolist(), strict=True)
         ]
-        self.loss_sums += torch.stack([loss.detach().to(self.loss_sums.dtype) for loss in losses])
+        values = torch.stack([loss.detach().to(self.loss_sums.dtype) for loss in losses])
+        self.loss_sums += values / len(self.factors)
+        if isinstance(self.route, PartsRoute):
+            self.route.part = part
         self.route.add(features, leaves, losses)
 
     def finalize(self) -> StepReport:
@@ -198,8 +213,10 @@ class BackwardEngine:
             grads = torch.autograd.grad(total, parameters)
         return [Update("weighting", parameters, list(grads))]
 
-    def _route(self) -> SumRoute | CutRoute | RowsRoute:
+    def _route(self) -> SumRoute | CutRoute | RowsRoute | PartsRoute:
         strategy = self.weighting
+        if len(self.factors) > 1:
+            return PartsRoute(self)
         several = self.micro_batches > 1
         if self.turn.split or isinstance(strategy, GradientWeighting):
             return RowsRoute(self)

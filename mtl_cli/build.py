@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from mtl_cli.task import Objective, Task
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting, LossWeighting, Weighting
 from mtl_cli.work import Meter, Work
 
-log = logging.getLogger(__name__)
 Config = dict[str, Any]
+SAY_EVERY_S = 5.0
 OPTIONS = tuple(inspect.signature(DataOptions).parameters)
-SUPPLIED = ("rows",)  # what the engine can give a strategy beside losses and Gramian
+# What the engine can give a strategy beside losses and Gramian.
+SUPPLIED = ("rows", "batches", "validation", "metrics")
 
 
 def make(node: Mapping[str, Any], where: str, **injected: Any) -> Any:
@@ -143,6 +144,8 @@ def refuse_combination(schedule: Schedule, weighting: Weighting) -> None:
             f"weighting: {name} combines the tasks' gradients into one, but with "
             "schedule.mode=simultaneous every task has its own optimizer; use schedule=joint"
         )
+    if "validation" in weighting.needs and (schedule.per_step or schedule.split):
+        raise ConfigError(f"weighting: {name} needs the joint step; use schedule=joint")
     missing = [need for need in weighting.needs if need not in SUPPLIED]
     if missing:
         raise ConfigError(f"weighting: {name} needs {', '.join(missing)}, which is not supplied")
@@ -180,6 +183,7 @@ class StageBuilder:
         self.say = say
         self.work: Work  # of the stage that was built last
         self._data: dict[str, DataSet] = {}
+        self._said_at = time.monotonic()
 
     def plan(self, stage: Stage) -> Work:
         """Build the stage without its starting weights."""
@@ -200,10 +204,18 @@ class StageBuilder:
     def _open(self, config: Config) -> DataSet:
         key = repr((config["task"], config["data"]))
         if key not in self._data:
-            self._data[key] = open_data(config, self.device)
-            for note in self._data[key].report["notes"]:
+            data = self._data[key] = open_data(config, self.device)
+            data.prepare(progress=self._progress)
+            for note in data.report["notes"]:
                 self.say(note)
         return self._data[key]
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        """Say how far a long preparation is, every few seconds."""
+        now = time.monotonic()
+        if now - self._said_at > SAY_EVERY_S and done < total:
+            self._said_at = now
+            self.say(f"{what}: {done} of {total}")
 
     def _start_weights(self, work: Work) -> None:
         """Weights from an earlier stage, a run or a checkpoint, with a report of what fits."""

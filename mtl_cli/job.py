@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from mtl_cli import __version__, build, console, device, dist, precision
 from mtl_cli.config import to_text
+from mtl_cli.data.loader import worker_error
 from mtl_cli.errors import OK, STOPPED, UNEXPECTED, MtlError, ResourceError
 from mtl_cli.metrics import direction
 from mtl_cli.params import format_table
@@ -68,6 +69,10 @@ def run_job(
         reason = f"{str(error).splitlines()[0]}; lower data.batch_size or raise accumulate"
         return fail(directory, error, ResourceError.exit_code, reason, debug)
     except Exception as error:
+        if isinstance(error, RuntimeError):
+            error = worker_error(error)  # raised by a signal handler, wherever we were
+        if isinstance(error, ResourceError):
+            return fail(directory, error, error.exit_code, str(error), debug)
         reason = f"unexpected {type(error).__name__}: {error}"
         return fail(directory, error, UNEXPECTED, reason, debug)
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtl_cli import __version__, dist
 from mtl_cli.errors import DataError, NonFiniteError
 from mtl_cli.evaluate import Evaluation
+from mtl_cli.metrics import direction
 from mtl_cli.predictions import rows, to_csv
 from mtl_cli.routes import StepReport
 from mtl_cli.run import Run
@@ -142,6 +143,29 @@ def gradient_facts(report: StepReport, names: Sequence[str]) -> dict[str, Any]:
         "cos": dict(zip(present, cosines.tolist(), strict=True)),
         "conflicts": int((pairs < 0).sum()) / count,
     }
+
+
+def tell_metrics(work: Work, evaluation: Evaluation) -> None:
+    """Hand the strategy each task's first metric as a number in [0, 1], more is better (DTP).
+
+    An error (mae, rmse, mse) becomes exp(-error / error of the constant predictor).
+    """
+    if "metrics" not in work.weighting.needs:
+        return
+    known: dict[int, float] = {}
+    for task in work.tasks:
+        name = task.metrics[0]
+        value = evaluation.metrics[task.name][name]
+        reference = work.baseline[task.name][name]
+        if value is None:
+            continue
+        if direction(name) == "min":
+            value = math.exp(-value / reference) if reference else 0.0
+        for index in work.engine.objectives_of(task.name):
+            known[index] = min(1.0, max(0.0, value))
+    present = torch.tensor(list(known), dtype=torch.int64)
+    values = torch.tensor(list(known.values()), dtype=torch.float64)
+    work.weighting.observe_metrics(present, values)  # type: ignore[operator]
 
 
 def save_predictions(run: Run, work: Work, evaluation: Evaluation) -> None:

@@ -360,6 +360,47 @@ class RowsRoute:
         return engine.report([update], gramian)
 
 
+class PartsRoute:
+    """Rows of three independent parts of the batch: J1 J2' gives the weights, J3 the direction.
+
+    The heads take the mean over the parts.
+    """
+
+    def __init__(self, engine: BackwardEngine) -> None:
+        self.engine = engine
+        self.part = 0
+        self.routes = [RowsRoute(engine) for _ in engine.factors]
+
+    def add(
+        self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
+    ) -> None:
+        """Add this micro-batch's rows to those of its part."""
+        self.routes[self.part].add(features, leaves, losses)
+
+    def close(self) -> StepReport:
+        """Reduce over ranks, weigh by two parts, combine the third."""
+        engine = self.engine
+        for route in self.routes:
+            route.heads.close()
+            for k, row in enumerate(route.rows):
+                route.rows[k] = row or [torch.zeros_like(p) for p in engine.shared]
+                engine.scale.unscale_(route.rows[k])
+                dist.sum_lists_(route.rows[k])
+        first, second, third = (route.rows for route in self.routes)
+        gramian = gramian_of(first, second)
+        if not bool(torch.isfinite(gramian).all()):
+            return overflow(engine)
+        engine.weigh(engine.losses, gramian)
+        shared = combine(third, engine.row_weights())
+        per_part = [route.heads.combined() for route in self.routes]
+        parameters, grads = per_part[0]
+        for _, more in per_part[1:]:
+            torch._foreach_add_(grads, more)
+        torch._foreach_div_(grads, len(per_part))
+        update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
+        return engine.report([update])
+
+
 def overflow(engine: BackwardEngine) -> StepReport:
     """A step that is skipped: losses or rows are not finite."""
     return StepReport(engine.present, engine.losses, torch.ones_like(engine.losses), finite=False)

@@ -17,33 +17,38 @@ def zeros_for(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> G
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 
-def gramian_of(rows: Sequence[Grads]) -> Tensor:
-    """Gramian [K,K] float64 (CPU) of K rows given as lists of tensors.
+def gramian_of(rows: Sequence[Grads], others: Sequence[Grads] | None = None) -> Tensor:
+    """Products [K,K] float64 (CPU) of K rows with themselves, or with K other rows.
 
     Products are taken per tensor in float32 and added in float64: one flat float32 product over
     all parameters loses the small layers next to the large ones (0.5 % on ResNet-18).
     """
     total: Tensor | None = None
-    for tensors in zip(*rows, strict=True):
-        matrix = torch.stack([t.flatten() for t in tensors])
-        if matrix.dtype in (torch.float16, torch.bfloat16):
-            matrix = matrix.float()
-        product = _product(matrix)
+    columns = zip(*rows, strict=True)
+    for left, right in zip(columns, zip(*(others or rows), strict=True), strict=True):
+        matrix = _matrix(left)
+        product = _product(matrix, matrix if others is None else _matrix(right))
         total = product if total is None else total + product
     if total is None:
         return torch.zeros(len(rows), len(rows), dtype=torch.float64)
     return total.cpu()
 
 
-def _product(matrix: Tensor, chunk: int = 1 << 16) -> Tensor:
-    """Matrix times its transpose, in float64 over chunks of columns."""
-    if matrix.dtype == torch.float64 or matrix.shape[1] <= chunk:
-        return (matrix @ matrix.T).double()
-    full = matrix.shape[1] // chunk * chunk
-    body = matrix[:, :full].view(len(matrix), -1, chunk).transpose(0, 1)  # [chunks, K, chunk]
-    total = torch.bmm(body, body.transpose(1, 2)).double().sum(0)
-    rest = matrix[:, full:]
-    return total + (rest @ rest.T).double()
+def _matrix(tensors: Sequence[Tensor]) -> Tensor:
+    """K tensors of one parameter as [K,P], at least float32."""
+    matrix = torch.stack([t.flatten() for t in tensors])
+    return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+
+
+def _product(left: Tensor, right: Tensor, chunk: int = 1 << 16) -> Tensor:
+    """Left [K,P] times right [K,P] transposed, in float64 over chunks of columns."""
+    columns = left.shape[1]
+    if left.dtype == torch.float64 or columns <= chunk:
+        return (left @ right.T).double()
+    full = columns // chunk * chunk
+    body = [m[:, :full].view(len(m), -1, chunk).transpose(0, 1) for m in (left, right)]
+    total = torch.bmm(body[0], body[1].transpose(1, 2)).double().sum(0)
+    return total + (left[:, full:] @ right[:, full:].T).double()
 
 
 def combine(rows: Sequence[Grads], weights: Tensor, in_place: bool = True) -> Grads:

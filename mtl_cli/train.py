@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from mtl_cli.checkpoint import find
 from mtl_cli.errors import ResourceError
 from mtl_cli.evaluate import evaluate
 from mtl_cli.params import set_train_mode, set_trainable
-from mtl_cli.precision import as_input, autocast
-from mtl_cli.record import log_evaluation, log_step, note_best, note_report, save
+from mtl_cli.parts import split_parts
+from mtl_cli.passes import forward, label_counts, look_ahead, seed_step
+from mtl_cli.record import log_evaluation, log_step, note_best, note_report, save, tell_metrics
 from mtl_cli.routes import StepReport, Update
 from mtl_cli.run import Run, Stopped
-from mtl_cli.task import Batch, mix64
+from mtl_cli.task import Batch
+from mtl_cli.validation import probe_validation
 from mtl_cli.work import Work
 
 
@@ -62,6 +64,7 @@ def run_stage(run: Run, work: Work) -> None:
             stop_here(run, work)
             raise AssertionError("evaluate returns None only when a stop is asked for")
         work.weighting.end_epoch()
+        tell_metrics(work, evaluation)
         progress.epoch += 1
         progress.step_in_epoch = 0
         names = note_best(run, work, evaluation)
@@ -119,22 +122,27 @@ def train_step(
         epoch: epochs finished in the stage.
     """
     seed_step(work, step)
-    counts = dist.sum_(label_counts(work, micro).to(work.device)).cpu()
-    resident = [b if b is None else b.to(work.device) for b in micro]
+    parts = split_parts(work, micro, step)
+    local = torch.stack([label_counts(work, part) for part in parts])
+    counts = dist.sum_(local.to(work.device)).cpu()
+    resident = [[b if b is None else b.to(work.device) for b in part] for part in parts]
+    if "validation" in work.weighting.needs:
+        probe_validation(work, micro, step)
     reports = []
     for turn in work.stage.turns.at(step, epoch):
         buffers = [b.clone() for b in work.model.buffers()]
         work.engine.begin(turn, step, counts)
-        for batch in resident:
-            if batch is not None and work.engine.tasks:
-                forward(work, batch)
+        for number, part in enumerate(resident):
+            for batch in part:
+                if batch is not None and work.engine.tasks:
+                    forward(work, work.engine, batch, number)
         report = work.engine.finalize()
         if report.finite:
             apply(work, report.updates, step)
             if len(report.present):
                 work.weighting.advance(step, report.present, report.losses, report.gramian)
             if work.weighting.recompute and len(report.present):
-                look_ahead(work, resident, step, report)
+                look_ahead(work, resident[0], step, report)
         else:  # the forward pass has moved BatchNorm statistics: take that back as well
             torch._foreach_copy_(list(work.model.buffers()), buffers)
         work.scale.update(report.finite)
@@ -142,62 +150,6 @@ def train_step(
     if work.ema is not None and all(r.finite for r in reports):
         work.ema.update_parameters(work.model)
     return reports
-
-
-def forward(work: Work, batch: Batch) -> None:
-    """One micro-batch: backbone once, heads, loss sums, into the engine."""
-    images = as_input(batch.images, work.dtype)
-    with autocast(work.dtype, work.device):
-        features = work.model.features(images)
-    leaves = work.engine.cut(features)
-    with autocast(work.dtype, work.device):
-        raw = work.model.outputs(leaves, work.engine.tasks)
-    work.engine.accumulate(features, leaves, loss_sums(work, raw, batch))
-
-
-def loss_sums(work: Work, raw: Mapping[str, Tensor], batch: Batch) -> dict[int, Tensor]:
-    """Objective index -> sum of the loss over the micro-batch's valid labels."""
-    sums: dict[int, Tensor] = {}
-    for task, out in raw.items():
-        terms = work.losses[task](out, batch.targets[task], batch.valid[task])
-        sums.update(zip(work.engine.objectives_of(task), terms, strict=True))
-    return sums
-
-
-def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: StepReport) -> None:
-    """Tell the strategy the losses of the same batch after the step (FAMO).
-
-    The second pass sees the same dropout masks and leaves BatchNorm statistics as they were.
-    """
-    buffers = [b.clone() for b in work.model.buffers()]
-    seed_step(work, step)
-    sums = torch.zeros(len(work.objectives), dtype=torch.float64)
-    with torch.no_grad():
-        for batch in resident:
-            if batch is None:
-                continue
-            with autocast(work.dtype, work.device):
-                raw = work.model(as_input(batch.images, work.dtype), work.engine.tasks)
-            for index, value in loss_sums(work, raw, batch).items():
-                sums[index] += value.double().cpu()
-    torch._foreach_copy_(list(work.model.buffers()), buffers)
-    losses = dist.sum_(sums.to(work.device)).cpu()[report.present] * work.engine.factors
-    if bool(torch.isfinite(losses).all()):
-        values, _ = work.weighting.transformed(losses, report.present)
-        work.weighting.look_ahead(step, report.present, values)
-
-
-def label_counts(work: Work, micro: Sequence[Batch | None]) -> Tensor:
-    """[T, 2] float64: denominators and labels of every objective, from the targets alone."""
-    counts = torch.zeros(len(work.objectives), 2, dtype=torch.float64)
-    for batch in micro:
-        if batch is None:
-            continue
-        for task in work.tasks:
-            counts[work.engine.objectives_of(task.name)] += work.losses[task.name].count(
-                batch.targets[task.name], batch.valid[task.name]
-            )
-    return counts
 
 
 def apply(work: Work, updates: Sequence[Update], step: int) -> None:
@@ -241,14 +193,6 @@ def step_present(
     with torch.no_grad():
         for number, tensor in enumerate(tensors()):
             tensor[rests] = before[number] if number < len(before) else 0.0
-
-
-def seed_step(work: Work, step: int) -> None:
-    """Dropout and other draws of a step depend on (seed, stage, step, rank) alone."""
-    seed = mix64(work.seed, 0xD0, work.stage.index, step, dist.rank())
-    torch.default_generator.manual_seed(seed)
-    if work.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def timed(

@@ -43,9 +43,9 @@ def trained(strategy: str, precision: str, accumulate: int = 1) -> torch.Tensor:
 
 def cases() -> list[tuple[str, str, int]]:
     """Strategy, precision, micro-batches."""
-    from tests.parity.test_accumulation import NEEDS_MORE
+    from tests.parity.test_accumulation import EXTRAS
 
-    names = sorted(set(support.strategies()) - NEEDS_MORE)
+    names = sorted(set(support.strategies()) - EXTRAS)
     return [
         *((name, "fp64", 1) for name in names),
         *((name, "fp64", 2) for name in names),

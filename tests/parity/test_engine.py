@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtl_cli import train
+from mtl_cli import passes
 from mtl_cli.data.base import normalise
+from mtl_cli.passes import label_counts
 from mtl_cli.rows import gramian_of
-from mtl_cli.train import label_counts, train_step
+from mtl_cli.train import train_step
 from mtl_cli.weighting.base import GramianWeighting
 from tests import support
 
@@ -164,14 +165,14 @@ def test_skipped_step_leaves_no_trace(monkeypatch):
         return support.digest([*parts, work.optimizers["model"].state_dict()["state"]])
 
     before = state()
-    original = train.loss_sums
+    original = passes.loss_sums
     monkeypatch.setattr(
-        train, "loss_sums", lambda *a: {k: v * float("nan") for k, v in original(*a).items()}
+        passes, "loss_sums", lambda *a: {k: v * float("nan") for k, v in original(*a).items()}
     )
     (report,) = train_step(work, support.first_step(work), 1, 0)
     assert not report.finite
     assert state() == before
-    monkeypatch.setattr(train, "loss_sums", original)
+    monkeypatch.setattr(passes, "loss_sums", original)
     (report,) = train_step(work, support.first_step(work), 2, 0)
     assert report.finite
     assert state() != before

@@ -10,7 +10,7 @@ import pytest
 from mtl_cli import checkpoint, train
 from mtl_cli.job import run_job
 from tests import support
-from tests.parity.test_accumulation import NEEDS_MORE
+from tests.parity.test_accumulation import EXTRAS
 
 BASE = (*support.SMALL, "epochs=2", "log_every_steps=2", "display=plain")
 STEPS = 8  # 76 training images, batch 16, two epochs
@@ -64,7 +64,7 @@ def interrupted_run(run_dir, overrides, stops, monkeypatch, more=()):
     return result(run_dir)
 
 
-@pytest.mark.parametrize("strategy", sorted(set(support.strategies()) - NEEDS_MORE))
+@pytest.mark.parametrize("strategy", sorted(set(support.strategies()) - EXTRAS))
 def test_every_strategy(strategy, tmp_path, monkeypatch):
     overrides = (f"weighting={strategy}", "ema.decay=0.9", "heads.size.dropout=0.2")
     whole = full_run(tmp_path / "a", overrides)
