@@ -84,6 +84,18 @@ def abandon() -> None:
         td.destroy_process_group()
 
 
+def lost_peer(error: BaseException) -> bool:
+    """True if a collective failed because another rank is gone."""
+    text = str(error)
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "connectFullMesh")
+    return world() > 1 and isinstance(error, RuntimeError) and any(s in text for s in signs)
+
+
+def group_name() -> str:
+    """Names this launch of torchrun: equal for all its restarts, different for the next launch."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}-{os.getppid()}"
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:

@@ -69,6 +69,8 @@ def run_job(
         reason = f"{str(error).splitlines()[0]}; lower data.batch_size or raise accumulate"
         return fail(directory, error, ResourceError.exit_code, reason, debug)
     except Exception as error:
+        if dist.lost_peer(error):
+            error = ResourceError(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         if isinstance(error, RuntimeError):
             error = worker_error(error)  # raised by a signal handler, wherever we were
         if isinstance(error, ResourceError):
@@ -132,25 +134,38 @@ def train_in(
         directory.write_json("summary.json", summary)
         directory.status("finished", step=progress.total_steps, exit_code=OK)
         console.final_table(summary)
+        forget_launch(config)
     dist.shutdown()
     return OK
 
 
 def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
     """The run's directory, locked by rank 0, whose name all ranks take."""
+    parent = Path(config["output_dir"]) / config["task"]["name"]
+    note = parent / f".torchrun-{dist.group_name()}"  # which run a restarted group goes on with
+    if dist.attempt() > 0 and note.exists():
+        config["resume"] = note.read_text()
     if config["resume"]:
         path = Path(config["resume"])
     elif run_dir is not None:
         path = run_dir
     else:
-        parent = Path(config["output_dir"]) / config["task"]["name"]
         path = parent / config["run_name"] if config["run_name"] else new_run_path(parent)
     directory = RunDir(Path(dist.broadcast(str(path))))
     if dist.rank() == 0:
         directory.open()
         if run_dir is None:  # the jobs of a sweep have no latest
             point_latest(directory.path)
+        if dist.launched():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(str(directory.path))
     return directory
+
+
+def forget_launch(config: dict[str, Any]) -> None:
+    """Remove torchrun's note about which run it is."""
+    parent = Path(config["output_dir"]) / config["task"]["name"]
+    (parent / f".torchrun-{dist.group_name()}").unlink(missing_ok=True)
 
 
 def set_determinism(config: dict[str, Any], where: torch.device) -> None:
