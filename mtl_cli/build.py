@@ -297,6 +297,7 @@ def assemble(
     model = build_model(config, tasks).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
+        model = synchronised(config, model, len(data.splits["train"]))
     dtype = number_format.resolve(config["precision"]["dtype"], device)
     if dtype == "fp64":
         model = model.double()
@@ -403,6 +404,28 @@ def _refuse_idle_strategy(weighting: Weighting, rows: Sequence[ParamRow], object
         )
 
 
+def synchronised(config: Config, model: MultiTaskModel, samples: int) -> MultiTaskModel:
+    """BatchNorm over all ranks (CUDA only: torch has no other).
+
+    Raises:
+        ConfigError: the last batch would leave a rank without a sample, which then never joins.
+    """
+    chunks = dist.world() * config["accumulate"]
+    if dist.world() == 1 or not _normed(model):
+        return model
+    last = samples % config["data"]["batch_size"]
+    if not config["data"].get("drop_last", True) and 0 < last < chunks:
+        raise ConfigError(
+            f"data.drop_last: the last batch of {last} samples is too small for {chunks} ranks x "
+            "micro-batches with SyncBatchNorm; use data.drop_last=true"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+
+
+def _normed(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def _refuse_tiny_batches(config: Config, model: nn.Module) -> None:
     """BatchNorm cannot train on one sample; a rank or micro-batch must not be empty."""
     chunks = dist.world() * config["accumulate"]
@@ -412,8 +435,7 @@ def _refuse_tiny_batches(config: Config, model: nn.Module) -> None:
             f"data.batch_size: {size} samples cannot be cut into {dist.world()} ranks x "
             f"{config['accumulate']} micro-batches; expected {chunks} or more"
         )
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if normed and size // chunks < 2:
+    if _normed(model) and size // chunks < 2:
         raise ConfigError(
             f"data.batch_size: {size} leaves one sample per micro-batch, on which BatchNorm cannot "
             f"train; expected {2 * chunks} or more"

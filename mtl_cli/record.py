@@ -118,6 +118,7 @@ def log_step(run: Run, work: Work, reports: Sequence[StepReport]) -> None:
         "losses": dict(zip(names, means[0], strict=True)),
         "weights": dict(zip(names, means[1], strict=True)),
         "lr": work.peak_lr * work.lr((progress.step - 0.5) / work.total_steps),
+        "fallbacks": int(work.weighting.fallbacks),
     }
     for report in reports:
         if report.gramian is not None and report.finite:
