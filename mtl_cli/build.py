@@ -419,7 +419,7 @@ def synchronised(config: Config, model: MultiTaskModel, samples: int) -> MultiTa
             f"data.drop_last: the last batch of {last} samples is too small for {chunks} ranks x "
             "micro-batches with SyncBatchNorm; use data.drop_last=true"
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _normed(model: nn.Module) -> bool:

@@ -37,11 +37,18 @@ def loss_sums(work: Work, raw: Mapping[str, Tensor], batch: Batch) -> dict[int, 
     return sums
 
 
-def model_losses(work: Work, batch: Batch, tasks: Iterable[str]) -> dict[int, Tensor]:
-    """Loss sums of one micro-batch without the engine; call it under ``no_grad``."""
-    with autocast(work.dtype, work.device):
-        raw = work.model(as_input(batch.images, work.dtype), tasks)
-    return loss_sums(work, raw, batch)
+def summed_losses(work: Work, batches: Sequence[Batch | None], tasks: Iterable[str]) -> Tensor:
+    """Global loss sums [T] float64 (CPU) of this rank's batches, without gradients."""
+    sums = torch.zeros(len(work.objectives), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            if batch is None:
+                continue
+            with autocast(work.dtype, work.device):
+                raw = work.model(as_input(batch.images, work.dtype), tasks)
+            for index, value in loss_sums(work, raw, batch).items():
+                sums[index] += value.double().cpu()
+    return dist.sum_(sums.to(work.device)).cpu()
 
 
 def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: StepReport) -> None:
@@ -51,15 +58,9 @@ def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: 
     """
     buffers = [b.clone() for b in work.model.buffers()]
     seed_step(work, step)
-    sums = torch.zeros(len(work.objectives), dtype=torch.float64)
-    with torch.no_grad():
-        for batch in resident:
-            if batch is None:
-                continue
-            for index, value in model_losses(work, batch, work.engine.tasks).items():
-                sums[index] += value.double().cpu()
+    sums = summed_losses(work, resident, work.engine.tasks)
     torch._foreach_copy_(list(work.model.buffers()), buffers)
-    losses = dist.sum_(sums.to(work.device)).cpu()[report.present] * work.engine.factors[0]
+    losses = sums[report.present] * work.engine.factors[0]
     if bool(torch.isfinite(losses).all()):
         values, _ = work.weighting.transformed(losses, report.present)
         work.weighting.look_ahead(step, report.present, values)

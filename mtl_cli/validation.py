@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl_cli import dist
 from mtl_cli.backward import BackwardEngine
 from mtl_cli.parts import pick
-from mtl_cli.passes import forward, label_counts, model_losses
+from mtl_cli.passes import forward, label_counts, summed_losses
 from mtl_cli.schedule.base import JOINT_OPTIMIZER, Turn
 from mtl_cli.task import Batch
 from mtl_cli.weighting.base import Weighting
@@ -67,15 +67,8 @@ class Probe:
 
     def losses(self, batches: Sequence[Batch | None], counts: Tensor) -> Tensor:
         """Global losses [T]; 0 where an objective has no label."""
-        work = self.work
-        sums = torch.zeros(len(work.objectives), dtype=torch.float64)
-        with torch.no_grad():
-            for batch in batches:
-                if batch is None:
-                    continue
-                for index, value in model_losses(work, batch, self.turn.tasks).items():
-                    sums[index] += value.double().cpu()
-        return dist.sum_(sums.to(work.device)).cpu() / counts[:, 0].clamp_min(1e-30)
+        sums = summed_losses(self.work, batches, self.turn.tasks)
+        return sums / counts[:, 0].clamp_min(1e-30)
 
 
 def probe_validation(work: Work, micro: Sequence[Batch | None], step: int) -> None:
