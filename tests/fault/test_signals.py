@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mtl_cli import checkpoint
+from mtl_cli import build, checkpoint, train
 from mtl_cli.cli import main
+from mtl_cli.data.base import DataSet
+from mtl_cli.job import run_job
 from tests import support
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +64,7 @@ def load_once() -> None:
     """Import what every child would; composing is no computation that a fork could hurt."""
     import torchmetrics
 
-    import mtl_cli.job
-
-    assert torchmetrics.__name__, mtl_cli.job.__name__
+    assert torchmetrics.__name__
     support.compose(*OPTIONS)
     support.compose(*OPTIONS, *WORKERS)
 
@@ -76,10 +77,6 @@ def start(place: Path, name: str, *overrides: str, hold: bool = False) -> int:
     os.setpgid(0, 0)
     log = open(place / f"{name}.log", "w")  # noqa: SIM115
     sys.stdout = sys.stderr = log
-    import torch
-
-    from mtl_cli import job, train
-
     torch.set_num_threads(1)
     if hold:  # a step that takes its time: the second signal arrives inside it
         original = train.train_step
@@ -93,7 +90,7 @@ def start(place: Path, name: str, *overrides: str, hold: bool = False) -> int:
 
         train.train_step = slow
     typed = [*OPTIONS, *overrides]
-    code = job.run_job(support.compose(*typed), place / "synthetic" / name, typed)
+    code = run_job(support.compose(*typed), place / "synthetic" / name, typed)
     log.flush()
     os._exit(code)
 
@@ -118,12 +115,12 @@ def alive(group: int) -> bool:
     return False
 
 
-def once(place: Path, name: str, number: int, *overrides: str, group: bool = False) -> dict:
-    """One signal, to the main process or to its whole group."""
+def once(place: Path, name: str, number: int, *overrides: str) -> dict:
+    """One signal to the main process; its workers end as well."""
     pid, run = start(place, name, *overrides), place / "synthetic" / name
     wait_for(lambda: newest(run) >= 4, f"step 4 of {name}")
     sent = time.monotonic()
-    (os.killpg if group else os.kill)(pid, number)
+    os.kill(pid, number)
     code = ended(pid)
     took = time.monotonic() - sent
     wait_for(lambda: not alive(pid), f"the workers of {name}")
@@ -145,7 +142,6 @@ def twice(place: Path, name: str, number: int) -> dict:
 def serve(place: Path) -> None:
     load_once()
     found = {name: once(place, name, getattr(signal, f"SIG{name}")) for name in FIRST}
-    found["group"] = once(place, "group", signal.SIGTERM, *WORKERS, group=True)
     found["workers"] = once(place, "workers", signal.SIGINT, *WORKERS)
     for name in ("INT", "TERM"):
         found[f"{name} twice"] = twice(place, f"{name}-twice", getattr(signal, f"SIG{name}"))
@@ -164,15 +160,14 @@ def served(tmp_path_factory) -> Iterator[tuple[dict[str, Any], Path]]:
     return json.loads((place / "found.json").read_text()), place
 
 
-@pytest.mark.parametrize("name", [*FIRST, "group", "workers"])
+@pytest.mark.parametrize("name", [*FIRST, "workers"])
 def test_a_signal_stops_in_order(name, served):
     found = served[0][name]
     assert found["code"] == found["exit_code"] == 75
     assert found["state"] == "interrupted"
     assert found["seconds"] < 5
     assert found["step"] >= 4
-    sent = {"group": "TERM", "workers": "INT"}.get(name, name)
-    assert found["reason"] == f"stopped by SIG{sent}"
+    assert found["reason"] == f"stopped by SIG{'INT' if name == 'workers' else name}"
     run = served[1] / "synthetic" / name
     assert f"continue with: mtl train resume={run}" in (served[1] / f"{name}.log").read_text()
     last = checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["total_steps"]
@@ -197,6 +192,81 @@ def test_a_stopped_run_continues(served, capsys):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps == sorted(steps)
     assert steps[-1] == 4 * epochs
+
+
+# --- at a chosen moment, in the test's own process -----------------------------------------------
+
+EXACT = (*SMALL, "epochs=2", "schedule=transfer", "schedule.stages.probe.epochs=1")
+
+
+def job(run: Path, resume: bool = False) -> int:
+    cfg = support.compose(*EXACT)
+    if resume:
+        cfg.resume = str(run)
+    return run_job(cfg, run, list(EXACT))
+
+
+def outcome(run: Path) -> tuple[str, str, Any]:
+    found = checkpoint.load(run / "checkpoints" / "last.pt")
+    kept = {key: found[key] for key in ("model", "optimizers", "weighting", "meter")}
+    best = json.loads((run / "summary.json").read_text())["best"]
+    return support.digest(kept), (run / "metrics.jsonl").read_text(), best
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(run.parent / "cache"))
+        assert job(run) == 0
+    return outcome(run)
+
+
+def signal_in(patch: pytest.MonkeyPatch, where: Any, name: str, call: int) -> None:
+    """A SIGTERM at the beginning of one call of a function."""
+    original, calls = getattr(where, name), [0]
+
+    def signalled(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    patch.setattr(where, name, signalled)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "call", "step"),
+    [
+        (DataSet, "prepare", 1, 1),  # before the first step: it is finished, then saved
+        (DataSet, "eval_batches", 1, 4),  # the evaluation is abandoned and done again
+        (DataSet, "eval_batches", 3, 12),
+        (torch, "save", 3, 5),  # the save is completed; so is the step that it finds begun
+        (checkpoint.Checkpoints, "link", 2, 4),  # while best.pt is pointed
+        (build.StageBuilder, "__call__", 2, 5),  # between two stages
+    ],
+)
+def test_a_signal_at_a_bad_moment(where, name, call, step, undisturbed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in(patch, where, name, call)
+        assert job(run) == 75
+    assert newest(run) == step
+    events = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert all(event["step"] <= step for event in events)
+    assert job(run, resume=True) == 0
+    assert outcome(run) == undisturbed
+
+
+def test_a_torn_line_of_the_log_goes(undisturbed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_in(patch, train, "train_step", 7)
+        assert job(run) == 75
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"event": "train", "step": 8, "ep')
+    assert job(run, resume=True) == 0
+    assert outcome(run) == undisturbed
 
 
 # --- several ranks -------------------------------------------------------------------------------
