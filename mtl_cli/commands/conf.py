@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -23,6 +24,7 @@ usage: mtl conf ls [GROUP] [--config-dir DIR]
        mtl conf show GROUP/NAME                              one file
        mtl conf copy GROUP/NAME NEW.yaml                     a file of your own to edit
        mtl conf check [FILE | key=value ...]                 every problem at once
+       mtl conf check FILE|NAME --laws [--allow-code PKG]    does a weighting strategy keep the laws?
 """
 
 
@@ -43,10 +45,13 @@ def main(argv: Sequence[str]) -> int:
     if any(flag in argv for flag in ("-h", "--help")):
         sys.stdout.write(USAGE)
         return OK
-    command = parse(argv[1:])
+    laws = argv[0] == "check" and "--laws" in argv
+    command = parse([a for a in argv[1:] if not (laws and a == "--laws")])
     for package in command.allow_code:
         allow.allow(package)
-    verbs[argv[0]](Composer(command.config_dirs), command)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a console script lacks the cwd, where a user's package may lie
+    (_check_laws if laws else verbs[argv[0]])(Composer(command.config_dirs), command)
     return OK
 
 
@@ -126,3 +131,70 @@ def _check(composer: Composer, command: Command) -> None:
             problems += prepare(composer, single)[1]
     raise_all(problems)
     sys.stdout.write("in order\n")
+
+
+def _check_laws(composer: Composer, command: Command) -> None:
+    """Check the config of one strategy, then the strategy itself.
+
+    Raises:
+        ConfigError: the config is wrong, or a required law is broken.
+    """
+    names = [text for text in command.overrides if "=" not in text]
+    if len(names) != 1:
+        raise ConfigError(
+            f"mtl conf check --laws: found {len(names)} strategies, expected one; type "
+            "mtl conf check FILE|NAME --laws"
+        )
+    node = _weighting(composer, command, names[0])
+    from mtl_cli.build import make
+    from mtl_cli.task import Objective
+    from mtl_cli.weighting import base, laws
+
+    def build(objectives: Sequence[Objective]) -> base.Weighting:
+        strategy: base.Weighting = make(node, "weighting", objectives=objectives, seed=0)
+        return strategy
+
+    families = (base.LossWeighting, base.GramianWeighting, base.GradientWeighting)
+    if not isinstance(build(laws.objectives(3)), families):
+        expected = " or ".join(family.__name__ for family in families)
+        raise ConfigError(
+            f"weighting._target_: not a weighting strategy (found {node['_target_']}, expected a "
+            f"class based on {expected})"
+        )
+    broken = []
+    width = max(map(len, (*laws.REQUIRED, *laws.FACTS)))
+    for found in laws.examine(build):
+        yes, no = ("keeps", "BREAKS") if found.required else ("holds", "does not hold")
+        sys.stdout.write(f"{yes if found.ok else no:<13}  {found.law:<{width}}  {found.detail}\n")
+        if found.required and not found.ok:
+            broken.append(found.law)
+    if broken:
+        raise ConfigError(
+            f"{names[0]}: breaks {len(broken)} of {len(laws.REQUIRED)} required laws "
+            f"({', '.join(broken)})"
+        )
+
+
+def _weighting(composer: Composer, command: Command, name: str) -> dict[str, Any]:
+    """The checked weighting node of a file or of an option with its overrides."""
+    overrides = [text for text in command.overrides if text != name]
+    if not name.endswith((".yaml", ".yml")):
+        chosen = dataclasses.replace(command, overrides=[f"weighting={name}", *overrides])
+        cfg, problems = prepare(composer, chosen)
+    else:
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: not together with a file; write it into {name}")
+        own = read_yaml(Path(name))
+        keys: dict[str, Any] = {}
+        for option in own.pop("defaults", None) or []:
+            keys.update(composer.schema("weighting", option) if option != "_self_" else {})
+        if "_target_" not in {**keys, **own}:
+            raise ConfigError(f"{name}: no _target_; expected the YAML of a weighting strategy")
+        cfg = composer.compose([]).cfg
+        cfg["weighting"] = {**keys, **own}
+        problems = [type(problem)(f"{name}: {problem}") for problem in check(cfg)]
+    raise_all(problems)
+    assert cfg is not None
+    node = OmegaConf.to_container(cfg["weighting"], resolve=True)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
