@@ -1,11 +1,11 @@
 """The tool against a hand-written PyTorch loop doing the same work: time and peak memory.
 
     python scripts/bench_overhead.py
-    python scripts/bench_overhead.py --data UTKFace.tar.gz --rounds 21
+    python scripts/bench_overhead.py --data UTKFace.tar.gz --rounds 41
 
 ResNet-18 at 64 pixels, equal weights, AdamW (fused), random crop and flip of images from the same
 decoded cache. The tool's side is ``mtl_cli.train.train_epoch`` with its logs; the other side is
-``bench_plain.py``. Chunks of steps alternate in one process; memory is measured in a process each.
+``bench_plain.py``. Each side has a process of its own, as in life; chunks of steps alternate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from bench_common import (
+    MIB,
     cpu_and_wall,
+    fastest,
     machine,
     median,
     peak_mib,
@@ -120,56 +122,73 @@ class Tool:
         )
 
 
-def plain_loop(folder: Path, options: argparse.Namespace) -> PlainLoop:
-    """The loop on the data that the tool wrote into ``folder``."""
-    return PlainLoop(Arrays.load(folder), SIZE, options.batch, LR)
+class Side:
+    """One side in a process of its own, which rests while the other one runs.
+
+    Args:
+        name: tool or plain.
+        argv: this script's arguments.
+        folder: where the tool puts the data for the plain loop.
+    """
+
+    def __init__(self, name: str, argv: list[str], folder: Path) -> None:
+        command = [sys.executable, __file__, *argv, "--side", name, "--folder", str(folder)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.reply()
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Send one word, wait for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+        return self.reply()
+
+    def reply(self) -> dict[str, float]:
+        """Read one answer."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a measured process died; its message is above")
+        found: dict[str, float] = json.loads(line)
+        return found
 
 
-def time_both(tool: Tool, plain: PlainLoop, rounds: int) -> dict[str, list[float]]:
-    """CPU and wall milliseconds per step of both sides, and their ratios, round by round."""
-    found: dict[str, list[float]] = {}
-    for number in range(-1, rounds):
-        sides = [("tool", tool), ("plain", plain)]
-        measured = {}
-        for name, side in sides if number % 2 else sides[::-1]:
-            cpu, wall = cpu_and_wall(side.epoch)
-            measured[name] = cpu, wall
-        if number < 0:
-            continue  # warm-up: optimizer state, oneDNN's choice of kernels
-        for i, clock in enumerate(("cpu", "wall")):
-            for name in measured:
-                found.setdefault(f"{name} {clock}", []).append(measured[name][i])
-            ratio = measured["tool"][i] / measured["plain"][i]
-            found.setdefault(f"ratio {clock}", []).append(ratio)
-    return found
-
-
-def measure_memory(options: argparse.Namespace) -> None:
-    """Run one side alone and print its memory as JSON (started by :func:`memory_of`)."""
+def serve(options: argparse.Namespace) -> None:
+    """Be one side: an epoch per line of stdin, then the memory."""
     folder = Path(options.folder)
-    if options.memory == "tool":
-        from mtl_cli import build, console, job, train  # noqa: F401 - before the first reading
-
-        start = resident_mib()
+    if options.side == "tool":
         side: Tool | PlainLoop = Tool(config(options), folder)
+        side.arrays().save(folder)
         model: torch.nn.Module = side.work.model
     else:
-        start = resident_mib()
-        side = plain_loop(folder, options)
+        side = PlainLoop(Arrays.load(folder), SIZE, options.batch, LR)
         model = side.model
-    for _ in range(2):
-        side.epoch()
-    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
-    fixed = 3 * bytes_ / 2**20  # weights and AdamW's two moments
-    peak = peak_mib()
-    print(json.dumps({"total": peak, "above": peak - start - fixed, "start": start}))
+    built = resident_mib()
+    side.epoch()  # warm-up: optimizer state, oneDNN's choice of kernels
+    print("{}", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
+            answer = {"total": peak_mib(), "step": peak_mib() - built - moments}
+        else:
+            cpu, wall = cpu_and_wall(side.epoch)
+            answer = {"cpu": cpu, "wall": wall}
+        print(json.dumps(answer), flush=True)
 
 
-def memory_of(side: str, folder: Path, argv: list[str]) -> dict[str, float]:
-    """Memory of one side in a process of its own."""
-    command = [sys.executable, __file__, *argv, "--memory", side, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def alternate(tool: Side, plain: Side, rounds: int) -> dict[str, list[float]]:
+    """CPU and wall seconds per chunk of both sides, and their ratios, round by round."""
+    found: dict[str, list[float]] = {}
+    for number in range(rounds):
+        pair = [("tool", tool), ("plain", plain)]
+        measured = {name: side.ask("run") for name, side in (pair if number % 2 else pair[::-1])}
+        for clock in ("cpu", "wall"):
+            for name, times in measured.items():
+                found.setdefault(f"{name} {clock}", []).append(times[clock])
+            ratio = measured["tool"][clock] / measured["plain"][clock]
+            found.setdefault(f"ratio {clock}", []).append(ratio)
     return found
 
 
@@ -186,8 +205,16 @@ def report(
             [f"{clock} ms per step of {batch}", f"{tool:.1f}", f"{plain:.1f}",
              f"{median(ratios):.3f} ({spread(ratios)})", verdict(median(ratios), target)]
         )  # fmt: skip
+        tool, plain = (1e3 * fastest(times[f"{s} {clock}"]) / steps for s in ("tool", "plain"))
+        rows.append(
+            [f"{clock} ms, fastest quarter", f"{tool:.1f}", f"{plain:.1f}",
+             f"{tool / plain:.3f}", "-"]
+        )  # fmt: skip
     tool_memory, plain_memory = memory
-    names = {"above": "peak MiB above imports, model, optimizer", "total": "peak MiB in all"}
+    names = {
+        "step": "peak MiB of a step: activations, gradients",
+        "total": "peak MiB of the process",
+    }
     for key, name in names.items():
         ratio = tool_memory[key] / plain_memory[key]
         rows.append(
@@ -203,27 +230,26 @@ def main() -> None:
     parser.add_argument("--data", help="UTKFace folder or archive; without it the synthetic task")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3, help="steps per chunk")
-    parser.add_argument("--rounds", type=int, default=11, help="chunks of either side")
-    parser.add_argument("--memory", choices=("tool", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=2, help="steps per chunk")
+    parser.add_argument("--rounds", type=int, default=21, help="chunks of either side")
+    parser.add_argument("--side", choices=("tool", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.memory:
-        measure_memory(options)
+    if options.side:
+        serve(options)
         return
     print(machine())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tool = Tool(config(options), folder)
-        tool.arrays().save(folder)
-        plain = plain_loop(folder, options)
-        print(
-            f"task {tool.config['task']['name']}, {options.rounds} chunks of {options.steps} steps"
-        )
-        times = time_both(tool, plain, options.rounds)
-        tool.run.dir.close()
-        memory = [memory_of(side, folder, sys.argv[1:]) for side in ("tool", "plain")]
+    print(
+        f"task {'utkface' if options.data else 'synthetic'}, resnet18, {SIZE} px, "
+        f"{options.rounds} chunks of {options.steps} steps of either side"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Side(name, sys.argv[1:], Path(folder)) for name in ("tool", "plain")]
+        times = alternate(*sides, options.rounds)
+        memory = [side.ask("memory") for side in sides]
+        for side in sides:
+            side.process.communicate()
     print(report(times, memory, options.steps, options.batch))
 
 
