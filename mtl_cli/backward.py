@@ -87,6 +87,7 @@ class BackwardEngine:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss_sums = torch.zeros(len(self.present), dtype=dtype, device=device)
         self.losses = self.loss_sums
+        self._reduced: Tensor | None = None
         self.shared = self.model.shared_parameters()
         self.weights: Tensor | None = None  # of the strategy, [K]; None until they can be known
         self.slopes = torch.ones(
@@ -135,7 +136,7 @@ class BackwardEngine:
         if not len(self.present):
             empty = torch.zeros(0, dtype=torch.float64)
             return StepReport(self.present, empty, empty, finite=True)
-        reduced = dist.sum_(self.loss_sums)
+        reduced = self.global_losses()
         if not isinstance(self.route, SumRoute):  # the others need the losses for the weights
             self.losses = reduced.double().cpu()
             if not bool(torch.isfinite(self.losses).all()):
@@ -158,6 +159,12 @@ class BackwardEngine:
         self.losses = report.losses = fetched[:-1]
         report.grad_norm = float(fetched[-1])
         report.finite = report.finite and bool(torch.isfinite(fetched).all())
+
+    def global_losses(self) -> Tensor:
+        """Losses [K] over all ranks, on the device; reduced once, when first asked for."""
+        if self._reduced is None:
+            self._reduced = dist.sum_(self.loss_sums.clone())
+        return self._reduced
 
     def weigh(self, losses: Tensor, gramian: Tensor | None = None) -> None:
         """Settle the weights from the global losses [K] and, if needed, the Gramian [K,K]."""

@@ -109,6 +109,11 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """Sum of a CPU tensor over ranks, by way of ``device``; one rank touches no device at all."""
+    return tensor if world() == 1 else sum_(tensor.to(device)).cpu()
+
+
 def broadcast(value: Value) -> Value:
     """Return rank 0's value on every rank (plain Python values)."""
     if world() == 1:

@@ -48,7 +48,7 @@ def summed_losses(work: Work, batches: Sequence[Batch | None], tasks: Iterable[s
                 raw = work.model(as_input(batch.images, work.dtype), tasks)
             for index, value in loss_sums(work, raw, batch).items():
                 sums[index] += value.double().cpu()
-    return dist.sum_(sums.to(work.device)).cpu()
+    return dist.sum_on_host(sums, work.device)
 
 
 def look_ahead(work: Work, resident: Sequence[Batch | None], step: int, report: StepReport) -> None:

@@ -49,6 +49,8 @@ def native_bf16_on_cpu() -> bool:
 def as_input(images: Tensor, dtype: str) -> Tensor:
     """Uint8 pixels [B,3,H,W] -> what the network reads: normalised, float64 for fp64."""
     pixels = normalise(images)
+    if pixels.is_cuda:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     return pixels.double() if dtype == "fp64" else pixels
 
 

@@ -82,7 +82,7 @@ class SumRoute:
         """Weights that follow from the losses of the whole step (one micro-batch per rank)."""
         engine = self.engine
         if engine.weights is None:
-            engine.weigh(dist.sum_(engine.loss_sums.clone()).double().cpu())
+            engine.weigh(engine.global_losses().double().cpu())
 
 
 class _Heads:

@@ -124,7 +124,7 @@ def train_step(
     seed_step(work, step)
     parts = split_parts(work, micro, step)
     local = torch.stack([label_counts(work, part) for part in parts])
-    counts = dist.sum_(local.to(work.device)).cpu()
+    counts = dist.sum_on_host(local, work.device)
     resident = [[b if b is None else b.to(work.device) for b in part] for part in parts]
     if "validation" in work.weighting.needs:
         probe_validation(work, micro, step)
@@ -222,8 +222,8 @@ def timed(
 
 def stop_here(run: Run, work: Work) -> None:
     """Save and leave if any rank was asked to stop; all ranks agree on the step."""
-    asked = dist.sum_(torch.tensor([float(bool(run.stop))], device=work.device))
-    if asked.item() == 0:
+    asked = dist.sum_on_host(torch.tensor([float(bool(run.stop))]), work.device)
+    if float(asked) == 0:
         return
     save(run, work)
     raise Stopped(run.stop.signal or "another rank")

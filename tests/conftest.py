@@ -18,12 +18,14 @@ def _fixed_seeds():
     np.random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _private_home(tmp_path_factory, monkeypatch):
-    """Nothing a test does may touch, or profit from, the user's own cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("MTL_DATA", raising=False)
-    monkeypatch.delenv("MTL_ALLOW_CODE", raising=False)
+@pytest.fixture(autouse=True, scope="session")
+def _private_home(tmp_path_factory):
+    """Nothing a test does may touch, or profit from, the user's own cache and settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        for name in ("MTL_DATA", "MTL_CACHE", "MTL_ALLOW_CODE"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

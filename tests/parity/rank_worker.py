@@ -17,7 +17,7 @@ BATCH = ("data.batch_size=15", "data.drop_last=false")  # uneven parts, and a sh
 
 
 def trained(strategy: str, precision: str, accumulate: int = 1) -> torch.Tensor:
-    """Weights after the last two steps of an epoch, the second on a short batch."""
+    """Weights and strategy state after two steps, the second on a batch that leaves a rank empty."""
     work = support.make_work(
         f"weighting={strategy}",
         f"precision={precision}",
@@ -38,7 +38,8 @@ def trained(strategy: str, precision: str, accumulate: int = 1) -> torch.Tensor:
     )
     for number, micro in enumerate(batches):
         train_step(work, micro, start + number, 0)
-    return support.weights(work)
+    state = [v.double().flatten().nan_to_num() for v in work.weighting.state_dict().values()]
+    return torch.cat([support.weights(work), *state])
 
 
 def cases() -> list[tuple[str, str, int]]:

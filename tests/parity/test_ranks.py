@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -29,11 +30,16 @@ def on_two_ranks(tmp_path_factory) -> dict[str, torch.Tensor]:
     return torch.load(out, weights_only=True)
 
 
+@functools.cache
+def on_one_rank(strategy: str, precision: str) -> torch.Tensor:
+    return rank_worker.trained(strategy, precision)
+
+
 @pytest.mark.ddp
 @pytest.mark.parametrize("case", rank_worker.cases(), ids=str)
 def test_two_ranks_equal_one(case, on_two_ranks):
     strategy, precision, accumulate = case
-    one = rank_worker.trained(strategy, precision, 1)
+    one = on_one_rank(strategy, precision)
     two = on_two_ranks[f"{strategy} {precision} {accumulate}"]
     bound = 1e-12 if precision == "fp64" else 1e-5
     assert torch.isfinite(one).all()
