@@ -25,7 +25,7 @@ from mtl_cli.model import ByTask, MultiTaskModel, NamedSeed
 from mtl_cli.params import ParamRow, ParamRules, param_groups, param_table, rename_rules
 from mtl_cli.precision import LossScale
 from mtl_cli.record import restore
-from mtl_cli.run import Progress
+from mtl_cli.run import Progress, StopFlag, Stopped
 from mtl_cli.schedule.base import Schedule, Stage, rules_from
 from mtl_cli.task import Objective, Task
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting, LossWeighting, Weighting
@@ -162,6 +162,7 @@ class StageBuilder:
         progress: where the run is.
         state: checkpoint to continue from, or None.
         say: prints one line.
+        stop: a signal ends a long preparation.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class StageBuilder:
         progress: Progress,
         state: Mapping[str, Any] | None,
         say: Callable[[str], None],
+        stop: StopFlag,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -181,6 +183,7 @@ class StageBuilder:
         self.progress = progress
         self.state = state
         self.say = say
+        self.stop = stop
         self.work: Work  # of the stage that was built last
         self._data: dict[str, DataSet] = {}
         self._said_at = time.monotonic()
@@ -212,6 +215,8 @@ class StageBuilder:
 
     def _progress(self, what: str, done: int, total: int) -> None:
         """Say how far a long preparation is, every few seconds."""
+        if self.stop:
+            raise Stopped(self.stop.signal)
         now = time.monotonic()
         if now - self._said_at > SAY_EVERY_S and done < total:
             self._said_at = now
@@ -310,7 +315,7 @@ def assemble(
     rules = stage.rules.over(root_rules(config))
     rows = param_table(model, rename_rules(rules, {t.name for t in tasks}), model.layers())
     _refuse_idle_strategy(weighting, rows, len(objectives))
-    _refuse_tiny_batches(config, model)
+    _refuse_tiny_batches(config, model, len(data.splits["train"]))
     node = config["precision"]
     scale = (
         LossScale(float(node["init_scale"]), int(node["growth_interval"]))
@@ -426,7 +431,7 @@ def _normed(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def _refuse_tiny_batches(config: Config, model: nn.Module) -> None:
+def _refuse_tiny_batches(config: Config, model: nn.Module, samples: int) -> None:
     """BatchNorm cannot train on one sample; a rank or micro-batch must not be empty."""
     chunks = dist.world() * config["accumulate"]
     size = config["data"]["batch_size"]
@@ -435,8 +440,13 @@ def _refuse_tiny_batches(config: Config, model: nn.Module) -> None:
             f"data.batch_size: {size} samples cannot be cut into {dist.world()} ranks x "
             f"{config['accumulate']} micro-batches; expected {chunks} or more"
         )
-    if _normed(model) and size // chunks < 2:
+    sizes = [min(size, samples)]
+    if not config["data"].get("drop_last", True) and samples % size:
+        sizes.append(samples % size)
+    short = [n for n in sizes if n % chunks + n // chunks and n // chunks < 2]
+    if _normed(model) and short:
         raise ConfigError(
-            f"data.batch_size: {size} leaves one sample per micro-batch, on which BatchNorm cannot "
-            f"train; expected {2 * chunks} or more"
+            f"data.batch_size: {size} cuts {samples} training samples so that a micro-batch of "
+            f"{max(1, short[0] // chunks)} remains, on which BatchNorm cannot train; use another "
+            "batch size, more samples or data.drop_last=true"
         )

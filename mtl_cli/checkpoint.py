@@ -175,7 +175,8 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is valid.
         """
-        files = self.steps()
+        named = [self.directory / f"{name}.pt" for name in ("last", "best")]
+        files = self.steps() + [path for path in named if path.is_file()]
         for path in files:
             try:
                 return load(path)
@@ -187,6 +188,10 @@ class Checkpoints:
                 "or give one with init_from=CHECKPOINT"
             )
         return None
+
+    def any(self) -> bool:
+        """True if anything has been saved here."""
+        return bool(self.steps()) or (self.directory / "last.pt").is_file()
 
 
 def find(run: Path, name: str = "best") -> Path:

@@ -195,6 +195,27 @@ class _Check:
         for path, value in _leaves(self.tree, lists=True):
             if expected := outside(path, value):
                 self._say(path, f"{path}: out of range (found {value}, expected {expected})")
+        name = self.tree.get("run_name")
+        if isinstance(name, str) and (not re.fullmatch(r"[\w.+-]+", name) or not name.strip(".")):
+            self._say("run_name", f"run_name: not the name of a directory (found '{name}')")
+        self._best_by()
+
+    def _best_by(self) -> None:
+        """TASK or TASK/METRIC of the last stage's task, or loss."""
+        value = self.tree.get("best_by")
+        task = self.tree.get("task")
+        if not isinstance(value, str) or value == "loss" or not isinstance(task, dict):
+            return
+        metrics = task.get("metrics")
+        known = metrics if isinstance(metrics, dict) else {}
+        choices = [f"{t}/{m}" for t, names in known.items() for m in names]
+        if value not in choices and value not in known:
+            expected = ", ".join(["loss", *known, *choices])
+            self._say(
+                "best_by",
+                f"best_by: no such metric (found '{value}', expected one of {expected})"
+                f"{nearest(value, [*known, *choices])}",
+            )
 
     def _node(self, node: str, value: Mapping[str, Any]) -> None:
         """A declared node: one component, or one per output under heads and losses."""

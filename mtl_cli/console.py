@@ -37,6 +37,17 @@ def error(line: str) -> None:
         _write("stderr", f"mtl: error: {one}")
 
 
+def notice(line: str) -> None:
+    """Print one line to stderr that is no error."""
+    _write("stderr", f"mtl: {line}")
+
+
+def trace(text: str) -> None:
+    """Print a traceback to stderr as it is."""
+    for line in text.splitlines():
+        _write("stderr", line)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Aligned lines: numbers to the right, words to the left, two spaces between columns."""
     cells = [[_clean(cell).replace("\n", " ") for cell in row] for row in rows]

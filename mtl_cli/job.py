@@ -23,7 +23,16 @@ from omegaconf import DictConfig
 from mtl_cli import __version__, build, console, device, dist, precision
 from mtl_cli.config import to_text
 from mtl_cli.data.loader import worker_error
-from mtl_cli.errors import OK, STOPPED, UNEXPECTED, MtlError, ResourceError
+from mtl_cli.errors import (
+    OK,
+    STOPPED,
+    UNEXPECTED,
+    CheckpointError,
+    ConfigError,
+    MtlError,
+    ResourceError,
+    RunDirError,
+)
 from mtl_cli.metrics import direction
 from mtl_cli.params import format_table
 from mtl_cli.run import Progress, Run, RunDir, StopFlag, Stopped, new_run_path, point_latest
@@ -93,7 +102,8 @@ def train_in(
     """Train (or go on training) in an open run directory."""
     display = console.Display(config["display"], rank=dist.rank())
     progress = Progress()
-    state = directory.checkpoints.newest(display.message) if config["resume"] else None
+    directory.warn = display.message
+    state = saved_state(directory, display) if config["resume"] else None
     if state is not None:
         progress.load_state_dict(state["progress"])
         note_world(state, where, display)
@@ -101,13 +111,16 @@ def train_in(
     schedule = build.make(config["schedule"], "schedule")
     stages = schedule.stages(tuple(config["task"]["outputs"]))
     if progress.finished:
-        progress.finished = progress.epoch >= (stages[-1].epochs or config["epochs"])
+        patience = config["patience"]
+        ended_early = patience is not None and progress.waited >= patience
+        epochs = stages[-1].epochs or config["epochs"]
+        progress.finished = ended_early or progress.epoch >= epochs
     if progress.finished:
         display.message(f"{directory.path}: already finished, nothing to do")
         dist.shutdown()
         return OK
     builder = build.StageBuilder(
-        config, directory.path, schedule, where, progress, state, display.message
+        config, directory.path, schedule, where, progress, state, display.message, stop
     )
     run = Run(
         dir=directory,
@@ -139,6 +152,23 @@ def train_in(
     return OK
 
 
+def saved_state(directory: RunDir, display: console.Display) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None if the run was killed before it could save one.
+
+    Raises:
+        CheckpointError: the run has finished an epoch, so its checkpoints have been taken away.
+    """
+    state = directory.checkpoints.newest(display.message)
+    if state is None:
+        if directory.finished_an_epoch():
+            raise CheckpointError(
+                f"{directory.path}: its checkpoints are gone (metrics.jsonl shows finished "
+                "epochs); bring them back, or start a new run"
+            )
+        display.message(f"{directory.path}: nothing was saved yet, starts from the beginning")
+    return state
+
+
 def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
     """The run's directory, locked by rank 0, whose name all ranks take."""
     parent = Path(config["output_dir"]) / config["task"]["name"]
@@ -154,6 +184,12 @@ def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
     directory = RunDir(Path(dist.broadcast(str(path))))
     if dist.rank() == 0:
         directory.open()
+        if not config["resume"] and directory.checkpoints.any():
+            directory.close()
+            raise ConfigError(
+                f"run_name: {directory.path} holds a run already; continue it with "
+                f"resume={directory.path}, or choose another run_name"
+            )
         if run_dir is None:  # the jobs of a sweep have no latest
             point_latest(directory.path)
         if dist.launched():
@@ -236,7 +272,14 @@ def show_plan(config: dict[str, Any], where: torch.device) -> int:
     """``--dry-run``: build every stage, print its parameter table, train nothing."""
     schedule = build.make(config["schedule"], "schedule")
     builder = build.StageBuilder(
-        {**config, "init_from": None}, Path(), schedule, where, Progress(), None, console.say
+        {**config, "init_from": None},
+        Path(),
+        schedule,
+        where,
+        Progress(),
+        None,
+        console.say,
+        StopFlag(),
     )
     for stage in schedule.stages(tuple(config["task"]["outputs"])):
         work = builder.plan(stage)
@@ -278,7 +321,7 @@ def finish(directory: RunDir | None, state: str, code: int, reason: str) -> int:
     """Write the end of an interrupted run."""
     if directory is not None and dist.rank() == 0:
         directory.status(state, exit_code=code, reason=reason)
-        console.say(f"mtl: {reason}; continue with: mtl train resume={directory.path}")
+        console.notice(f"{reason}; continue with: mtl train resume={directory.path}")
     dist.shutdown()
     return code
 
@@ -289,10 +332,10 @@ def fail(
     """Report a failure on the screen and in the run directory; never raises."""
     details = "".join(traceback.format_exception(error))
     if debug or code == UNEXPECTED:
-        console.error(details)
+        console.trace(details)
     for line in getattr(error, "problems", [reason]):
         console.error(line)
-    if directory is not None and dist.rank() == 0 and code != 8:
+    if directory is not None and dist.rank() == 0 and code != RunDirError.exit_code:
         with contextlib.suppress(MtlError, OSError):
             directory.status("failed", exit_code=code, reason=reason)
             directory.write_text("error.txt", details)

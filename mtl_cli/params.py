@@ -88,6 +88,11 @@ def param_table(model: nn.Module, rules: ParamRules, layers: Layers) -> list[Par
     """
     named = list(model.named_parameters())
     _refuse_idle_rules(rules, [name for name, _ in named])
+    negative = [
+        f"lr_mult.{n}: found {v}, expected 0 or more" for n, v in rules.lr_mult.items() if v < 0
+    ]
+    if negative:
+        raise ConfigError(negative)
     rows = []
     for name, parameter in named:
         lr_mult = _longest(rules.lr_mult, name, 1.0) * _layer_factor(name, rules, layers)

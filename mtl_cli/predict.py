@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import center_crop
 from mtl_cli import build, checkpoint, device
 from mtl_cli.data import images
 from mtl_cli.data.base import normalise
+from mtl_cli.errors import DataError
 from mtl_cli.metrics import predict
 from mtl_cli.model import MultiTaskModel
 from mtl_cli.task import Task
@@ -81,6 +82,7 @@ class Predictor:
         if isinstance(image, (str, Path)):
             pixels = images.load(image, self.decoded_size, self.resize)
         else:
+            _refuse_odd(image)
             opened = Image.fromarray(image) if isinstance(image, np.ndarray) else image
             pixels = images.square(images.to_rgb(opened), self.decoded_size, self.resize)
         whole = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
@@ -98,6 +100,23 @@ class Predictor:
         for start in range(0, len(paths), BATCH):
             names = paths[start : start + BATCH]
             yield names, self.raw(torch.stack([self.decode(name) for name in names]))
+
+
+def _refuse_odd(image: object) -> None:
+    """Raise a DataError on anything but a Pillow image or a uint8 array [H,W,3]."""
+    if isinstance(image, Image.Image):
+        return
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        if image.shape[2] == 3:
+            return
+        found = f"a uint8 array {list(image.shape)}"
+    elif isinstance(image, np.ndarray):
+        found = f"a {image.dtype} array {list(image.shape)}"
+    else:
+        found = f"a {type(image).__name__}"
+    raise DataError(
+        f"predict: found {found}, expected a path, a Pillow image or a uint8 array [H,W,3]"
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -43,8 +43,8 @@ def note_report(run: Run, work: Work, report: StepReport, micro: Sequence[Batch 
     share = len(progress.skipped) > max(CONSECUTIVE_SKIPS, SKIP_SHARE * SKIP_WINDOW)
     if work.on_nonfinite == "stop" or in_a_row or share:
         raise NonFiniteError(
-            f"{message}; {len(progress.skipped)} steps skipped so far; the last good checkpoint "
-            "is intact: lower optimizer.lr, set clip_norm, or look at the files with 'mtl data "
+            f"{message}; {len(progress.skipped)} steps skipped so far; checkpoints already "
+            "written are intact: lower optimizer.lr, set clip_norm, or look at the files with 'mtl data "
             "check'"
         )
     run.display.message(f"{message}; step skipped")

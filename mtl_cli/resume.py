@@ -31,6 +31,9 @@ REFUSED = (
     "schedule.stages.*.task", "schedule.stages.*.resolved*", "optimizer._target_", "only",
 )  # fmt: skip
 
+# Groups whose other options a saved state never fits; saved keys of the old option would not compose.
+SWAPPED = ("task", "backbone", "weighting", "schedule", "optimizer")
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -116,9 +119,9 @@ def continue_run(composer: Composer, command: Command, run_dir: Path) -> Resumed
     if base is not None and changed is not None and all(_matches(key, FREE) for key, *_ in changed):
         overrides = merge(texts, command.overrides)
         cfg, problems = prepare(composer, dataclasses.replace(command, overrides=overrides))
-        if problems and (other := [t for t in command.overrides if _key(t) == "task"]):
+        if problems and (other := [t for t in command.overrides if _key(t) in SWAPPED]):
             raise CheckpointError(
-                f"resume={run_dir}: another task ({other[-1]}, was {base.task.name}); "
+                f"resume={run_dir}: its state does not fit {', '.join(other)}; "
                 f"type init_from={run_dir} to start a new run from its weights"
             )
         raise_all(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 from mtl_cli.checkpoint import Checkpoints, write_atomically
 from mtl_cli.errors import RunDirError
 
+log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -122,6 +124,8 @@ class RunDir:
         self._lock: TextIO | None = None
         self._metrics: TextIO | None = None
         self._timing: TextIO | None = None
+        self.warn: Callable[[str], None] = log.warning
+        self._warned = False
 
     def open(self) -> None:
         """Make the directory, take its lock, remove leftovers of a killed process."""
@@ -188,15 +192,27 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl: equal to the bit after a resume, so no times in it."""
-        assert self._metrics is not None
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, record)
 
     def log_timing(self, record: dict[str, Any]) -> None:
         """Append a line to timing.jsonl: what differs from machine to machine."""
-        assert self._timing is not None
-        self._timing.write(json.dumps(record) + "\n")
-        self._timing.flush()
+        self._append(self._timing, record)
+
+    def _append(self, file: TextIO | None, record: dict[str, Any]) -> None:
+        """Append a line; a disk without room for logs is no reason to stop training."""
+        assert file is not None
+        try:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+        except OSError as error:
+            if not self._warned:
+                self.warn(f"{file.name}: cannot write the log ({error.strerror}); training goes on")
+            self._warned = True
+
+    def finished_an_epoch(self) -> bool:
+        """True if metrics.jsonl holds the evaluation of an epoch."""
+        path = self.path / "metrics.jsonl"
+        return path.is_file() and '"event": "eval"' in path.read_text(errors="replace")
 
     def log_bytes(self) -> int:
         """Length of metrics.jsonl."""

@@ -364,7 +364,7 @@ def _last(key: str) -> str:
 
 def _safe(value: str) -> str:
     text = Path(value).stem if value.endswith((".yaml", ".yml")) else value
-    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 def _write_spec(root: Path, command: Command, jobs: Sequence[Job]) -> None:

@@ -14,7 +14,7 @@ from mtl_cli import dist
 from mtl_cli.checkpoint import find
 from mtl_cli.errors import ResourceError
 from mtl_cli.evaluate import evaluate
-from mtl_cli.params import set_train_mode, set_trainable
+from mtl_cli.params import format_table, set_train_mode, set_trainable
 from mtl_cli.parts import split_parts
 from mtl_cli.passes import forward, label_counts, look_ahead, seed_step
 from mtl_cli.record import log_evaluation, log_step, note_best, note_report, save, tell_metrics
@@ -36,8 +36,12 @@ def train(run: Run) -> None:
         stage = run.stages[run.progress.stage]
         work: Work = run.stage(stage)
         run.display.stage(stage.name, work)
+        if dist.rank() == 0:
+            name = "params.txt" if len(run.stages) == 1 else f"params_{stage.name}.txt"
+            run.dir.write_text(name, "".join(f"{line}\n" for line in format_table(work.rows)))
         run_stage(run, work)
-        run.progress.outcomes.append({"stage": stage.name, "best": run.progress.best})
+        earlier = [o for o in run.progress.outcomes if o["stage"] != stage.name]
+        run.progress.outcomes = [*earlier, {"stage": stage.name, "best": run.progress.best}]
         if stage.index + 1 < len(run.stages):
             if dist.rank() == 0:
                 for kind in ("best", "last"):

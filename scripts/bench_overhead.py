@@ -76,7 +76,8 @@ class Tool:
         directory.open()
         directory.start_logs(0)
         builder = build.StageBuilder(
-            settled, directory.path, schedule, torch.device("cpu"), progress, None, display.message
+            settled, directory.path, schedule, torch.device("cpu"), progress, None,
+            display.message, StopFlag(),
         )
         self.run = Run(directory, "", stages, builder, progress, StopFlag(), display)
         self.work = builder(stages[0])

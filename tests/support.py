@@ -17,7 +17,7 @@ from mtl_cli.compose import Composer
 from mtl_cli.data.base import DataSet
 from mtl_cli.launch import prepare
 from mtl_cli.overrides import parse
-from mtl_cli.run import Progress
+from mtl_cli.run import Progress, StopFlag
 from mtl_cli.work import Work
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -54,7 +54,14 @@ def make_work(*overrides: str, tasks: Path | None = None) -> Work:
     schedule = build.make(settings["schedule"], "schedule")
     stages = schedule.stages(tuple(settings["task"]["outputs"]))
     builder = build.StageBuilder(
-        settings, Path(), schedule, torch.device("cpu"), Progress(), None, lambda line: None
+        settings,
+        Path(),
+        schedule,
+        torch.device("cpu"),
+        Progress(),
+        None,
+        lambda line: None,
+        StopFlag(),
     )
     work = builder.plan(stages[0])
     work.model.train()

@@ -21,7 +21,9 @@ def main(argv: Sequence[str]) -> int:
     from mtl_cli.console import say
 
     if "--help" in argv or "-h" in argv:
-        say(f"{USAGE}\n\nJudge a trained run on a split, under its own config, the constant predictor beside it.")
+        say(
+            f"{USAGE}\n\nJudge a trained run on a split, under its own config, the constant predictor beside it."
+        )
         return OK
     return run(argv, say)
 

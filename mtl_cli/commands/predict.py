@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> int:
     from mtl_cli.console import say
 
     if "--help" in argv or "-h" in argv:
-        say(f"{USAGE}\n\nPredict images with a trained run: one row per image and task, in units and class names.")
+        say(
+            f"{USAGE}\n\nPredict images with a trained run: one row per image and task, in units and class names."
+        )
         return OK
     return run(argv, say)
 
@@ -36,6 +38,8 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     out = Path(options["--out"]) if "--out" in options else None
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"predict: --out {out}: unknown format (expected .csv or .jsonl)")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"predict: --out {out}: no such directory as {out.parent}")
     from mtl_cli.predict import Predictor
     from mtl_cli.predictions import rows, to_csv
 

@@ -115,12 +115,12 @@ def alive(group: int) -> bool:
     return False
 
 
-def once(place: Path, name: str, number: int, *overrides: str) -> dict:
-    """One signal to the main process; its workers end as well."""
+def once(place: Path, name: str, number: int, *overrides: str, group: bool = False) -> dict:
+    """One signal, to the main process or to its whole group."""
     pid, run = start(place, name, *overrides), place / "synthetic" / name
     wait_for(lambda: newest(run) >= 4, f"step 4 of {name}")
     sent = time.monotonic()
-    os.kill(pid, number)
+    (os.killpg if group else os.kill)(pid, number)
     code = ended(pid)
     took = time.monotonic() - sent
     wait_for(lambda: not alive(pid), f"the workers of {name}")
@@ -142,6 +142,7 @@ def twice(place: Path, name: str, number: int) -> dict:
 def serve(place: Path) -> None:
     load_once()
     found = {name: once(place, name, getattr(signal, f"SIG{name}")) for name in FIRST}
+    found["group"] = once(place, "group", signal.SIGTERM, *WORKERS, group=True)
     found["workers"] = once(place, "workers", signal.SIGINT, *WORKERS)
     for name in ("INT", "TERM"):
         found[f"{name} twice"] = twice(place, f"{name}-twice", getattr(signal, f"SIG{name}"))
@@ -160,14 +161,15 @@ def served(tmp_path_factory) -> Iterator[tuple[dict[str, Any], Path]]:
     return json.loads((place / "found.json").read_text()), place
 
 
-@pytest.mark.parametrize("name", [*FIRST, "workers"])
+@pytest.mark.parametrize("name", [*FIRST, "group", "workers"])
 def test_a_signal_stops_in_order(name, served):
     found = served[0][name]
     assert found["code"] == found["exit_code"] == 75
     assert found["state"] == "interrupted"
     assert found["seconds"] < 5
     assert found["step"] >= 4
-    assert found["reason"] == f"stopped by SIG{'INT' if name == 'workers' else name}"
+    sent = {"group": "TERM", "workers": "INT"}.get(name, name)
+    assert found["reason"] == f"stopped by SIG{sent}"
     run = served[1] / "synthetic" / name
     assert f"continue with: mtl train resume={run}" in (served[1] / f"{name}.log").read_text()
     last = checkpoint.load(run / "checkpoints" / "last.pt")["progress"]["total_steps"]
