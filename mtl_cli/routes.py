@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mtl_cli.backward import BackwardEngine
 
 
+CACHED_COLUMNS = 1 << 16  # so many columns of a few rows stay in a core's cache
+
+
 @dataclass
 class Update:
     """Gradients for one optimizer; parameters that are not listed keep ``grad=None``."""
@@ -320,18 +323,29 @@ class RowsRoute:
         engine.weigh(engine.losses)
         for row, slope in zip(self.rows, engine.slopes.tolist(), strict=True):
             dist.sum_lists_(row)
-            torch._foreach_mul_(row, slope)
-        if not all(bool(torch.isfinite(g).all()) for row in self.rows for g in row):
+            if slope != 1:
+                torch._foreach_mul_(row, slope)
+        norms = torch.stack([norm for row in self.rows for norm in torch._foreach_norm(row)])
+        if not bool(torch.isfinite(norms).all()):
             return overflow(engine)
         shared, column = [], 0
         for i, p in enumerate(engine.shared):
-            stacked = torch.stack([row[i].flatten() for row in self.rows])
-            mixed = engine.weighting.combine(
-                stacked, engine.present, engine.step, column, engine.losses
-            )
-            shared.append(mixed.view_as(p))
+            columns = [row[i].flatten() for row in self.rows]
+            shared.append(self._combined(columns, column).view_as(p))
             column += p.numel()
         return self._report(shared, None)
+
+    def _combined(self, rows: list[Tensor], column: int) -> Tensor:
+        """The rows [P_tensor] of one parameter, combined into the first of them, piece by piece."""
+        engine, width = self.engine, len(rows[0])
+        assert isinstance(engine.weighting, GradientWeighting)
+        size = CACHED_COLUMNS if rows[0].device.type == "cpu" else width
+        for start in range(0, width, size):
+            piece = torch.stack([row[start : start + size] for row in rows])
+            rows[0][start : start + size] = engine.weighting.combine(
+                piece, engine.present, engine.step, column + start, engine.losses
+            )
+        return rows[0]
 
     def _split(self) -> StepReport:
         """One update per task's optimizer, each with the gradient of its own task."""

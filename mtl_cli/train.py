@@ -143,6 +143,7 @@ def train_step(
         report = work.engine.finalize()
         if report.finite:
             apply(work, report.updates, step)
+            report.updates = []  # kept, they would lie beside the next step's gradients
             if len(report.present):
                 work.weighting.advance(step, report.present, report.losses, report.gramian)
             if work.weighting.recompute and len(report.present):

@@ -30,10 +30,13 @@ def unit_rows(gramian: Array) -> tuple[Array, Array, Array]:
 def project_simplex(point: Array) -> Array:
     """Euclidean projection onto the probability simplex (sort and threshold)."""
     point = point - point.max()  # the projection is the same; a large common part would round
-    falling = np.sort(point)[::-1]
-    excess = (np.cumsum(falling) - 1) / np.arange(1, len(point) + 1)
-    last = int(np.nonzero(falling > excess)[0][-1])
-    projected: Array = np.maximum(point - excess[last], 0)
+    total = excess = 0.0
+    for count, value in enumerate(sorted(point.tolist(), reverse=True), start=1):
+        total += value
+        if value <= (total - 1) / count:
+            break
+        excess = (total - 1) / count
+    projected: Array = np.maximum(point - excess, 0)
     return projected
 
 
