@@ -6,10 +6,10 @@ check:            ## style, format and types
 	$(PYTHON) -m mypy
 
 test:             ## the default suite, under 4 minutes on 2 cores
-	$(PYTHON) -m pytest -m "not slow and not ddp and not gpu"
+	$(PYTHON) -m pytest
 
 test-all:         ## everything this machine can run
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -m "slow or not slow"
 
 golden:           ## compares with the stored numbers, never rewrites them
 	$(PYTHON) -m pytest tests/golden

@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import DictConfig
 
@@ -20,6 +21,18 @@ from mtl_cli.overrides import parse
 from mtl_cli.run import Progress, StopFlag
 from mtl_cli.work import Work
 
+# One strategy per way of keeping state, for tests that are too dear for all of them by default.
+ONE_OF_EACH = {
+    "equal",
+    "uncertainty",
+    "dwa",
+    "famo",
+    "gradnorm",
+    "pcgrad",
+    "graddrop",
+    "db_mtl",
+    "modo",
+}
 CONF = Path(__file__).parent.parent / "conf"
 SMALL = ("data.count=96", "data.image_size=16", "data.batch_size=16", "backbone.width=4")
 
@@ -27,6 +40,11 @@ SMALL = ("data.count=96", "data.image_size=16", "data.batch_size=16", "backbone.
 def strategies() -> list[str]:
     """Every strategy that ships, by the name of its YAML."""
     return sorted(path.stem for path in (CONF / "weighting").glob("*.yaml"))
+
+
+def marked_slow(names: list[str], quick: set[str]) -> list[Any]:
+    """All names as parameters; those that are not ``quick`` run with ``-m slow`` only."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -301,6 +301,7 @@ def children(pid: int) -> list[int]:
     return [int(text) for text in found.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_stop_together_and_continue(tmp_path):
     run = tmp_path / "synthetic" / "it"
@@ -319,6 +320,7 @@ def test_two_ranks_stop_together_and_continue(tmp_path):
     assert steps[-1] == 4 * epochs
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_a_killed_rank_ends_the_other(tmp_path):
     run = tmp_path / "synthetic" / "it"

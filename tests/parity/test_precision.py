@@ -25,7 +25,10 @@ def trained(strategy, *overrides, scale=None, count=3):
     return support.weights(work), work
 
 
-@pytest.mark.parametrize("strategy", sorted(set(support.strategies()) - EXTRAS))
+STRATEGIES = sorted(set(support.strategies()) - EXTRAS)
+
+
+@pytest.mark.parametrize("strategy", support.marked_slow(STRATEGIES, support.ONE_OF_EACH))
 def test_the_loss_scale_changes_nothing(strategy):
     """Rows are unscaled before the solve: methods that are not scale-free would show it."""
     plain, _ = trained(strategy, "precision=fp64")

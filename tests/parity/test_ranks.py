@@ -36,6 +36,7 @@ def on_one_rank(strategy: str, precision: str) -> torch.Tensor:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 @pytest.mark.parametrize("case", rank_worker.cases(), ids=str)
 def test_two_ranks_equal_one(case, on_two_ranks):
     strategy, precision, accumulate = case

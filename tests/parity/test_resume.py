@@ -64,7 +64,10 @@ def interrupted_run(run_dir, overrides, stops, monkeypatch, more=()):
     return result(run_dir)
 
 
-@pytest.mark.parametrize("strategy", sorted(set(support.strategies()) - EXTRAS))
+STRATEGIES = sorted(set(support.strategies()) - EXTRAS)
+
+
+@pytest.mark.parametrize("strategy", support.marked_slow(STRATEGIES, support.ONE_OF_EACH))
 def test_every_strategy(strategy, tmp_path, monkeypatch):
     overrides = (f"weighting={strategy}", "ema.decay=0.9", "heads.size.dropout=0.2")
     whole = full_run(tmp_path / "a", overrides)
