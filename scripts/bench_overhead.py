@@ -64,11 +64,11 @@ class Tool:
     """A run of the tool without evaluation and checkpoints, an epoch at a time."""
 
     def __init__(self, settled: dict[str, Any], folder: Path) -> None:
-        from mtl_cli import build
+        from mtl_cli import build, device
         from mtl_cli.console import Display
         from mtl_cli.run import Progress, Run, RunDir, StopFlag
 
-        self.config = settled
+        self.config, self.device = settled, device.resolve("cpu")
         progress, display = Progress(), Display("plain", rank=1)  # only rank 0 prints
         schedule = build.make(settled["schedule"], "schedule")
         stages = schedule.stages(tuple(settled["task"]["outputs"]))
@@ -76,8 +76,14 @@ class Tool:
         directory.open()
         directory.start_logs(0)
         builder = build.StageBuilder(
-            settled, directory.path, schedule, torch.device("cpu"), progress, None,
-            display.message, StopFlag(),
+            settled,
+            directory.path,
+            schedule,
+            self.device,
+            progress,
+            None,
+            display.message,
+            StopFlag(),
         )
         self.run = Run(directory, "", stages, builder, progress, StopFlag(), display)
         self.work = builder(stages[0])
@@ -89,7 +95,7 @@ class Tool:
         from mtl_cli.job import set_determinism
         from mtl_cli.train import train_epoch
 
-        set_determinism(self.config, torch.device("cpu"))
+        set_determinism(self.config, self.device)
         progress = self.run.progress
         train_epoch(self.run, self.work)
         steps, progress.step_in_epoch = progress.step_in_epoch, 0
@@ -232,7 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2, help="steps per chunk")
-    parser.add_argument("--rounds", type=int, default=21, help="chunks of either side")
+    parser.add_argument("--rounds", type=int, default=15, help="chunks of either side")
     parser.add_argument("--side", choices=("tool", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()

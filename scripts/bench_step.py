@@ -39,7 +39,7 @@ from bench_common import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtl_cli import build
+from mtl_cli import build, device
 from mtl_cli.job import set_determinism
 from mtl_cli.precision import as_input
 from mtl_cli.task import Batch
@@ -58,7 +58,7 @@ QUICK = (
     "graddrop",
 )  # fmt: skip
 PEERS = ("plain loop", "LibMTL-style", "TorchJD", "TorchJD chunk=1")
-CPU = torch.device("cpu")
+CPU = device.resolve("cpu")
 
 
 @dataclass
