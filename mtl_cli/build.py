@@ -19,7 +19,7 @@ from mtl_cli import precision as number_format
 from mtl_cli.backward import BackwardEngine
 from mtl_cli.data.base import DataOptions, DataSet
 from mtl_cli.errors import ConfigError, SafetyError
-from mtl_cli.evaluate import constant_baseline
+from mtl_cli.evaluate import constant_metrics
 from mtl_cli.losses import Loss
 from mtl_cli.model import ByTask, MultiTaskModel, NamedSeed
 from mtl_cli.params import ParamRow, ParamRules, param_groups, param_table, rename_rules
@@ -136,8 +136,8 @@ def refuse_combination(schedule: Schedule, weighting: Weighting) -> None:
     if schedule.per_step and (weighting.couples or needs_rows):
         raise ConfigError(
             f"weighting: {name} weighs tasks against each other and needs all of them in one step, "
-            "but schedule=alternate gives a step to one task; use schedule.mode=simultaneous, "
-            "schedule=joint, or a strategy that treats tasks alone (equal, fixed, uncertainty)"
+            "but schedule=alternate gives a step to one task; use schedule=joint, or a strategy "
+            "that treats tasks alone (equal, fixed, uncertainty)"
         )
     if schedule.split and needs_rows:
         raise ConfigError(
@@ -354,7 +354,7 @@ def assemble(
         ema=build_ema(model, config["ema"]["decay"]),
         meter=Meter(len(objectives)),
     )
-    work.baseline = constant_baseline(work)
+    work.baseline = constant_metrics(tasks, data, "val")
     return work
 
 

@@ -169,15 +169,14 @@ def metrics_of(task: Task, raw: Tensor, target: Tensor, valid: Tensor) -> dict[s
     return metrics.compute()
 
 
-def constant_baseline(work: Work, split: str = "val") -> Metrics:
+def constant_metrics(tasks: Sequence[Task], data: DataSet, split: str) -> Metrics:
     """Metrics of the constant predictor (median or majority of the training labels) on a split."""
-    index = work.data.splits[split]
+    index = data.splits[split]
+    constants = data.baseline()
     found: Metrics = {}
-    for task in work.tasks:
-        constant = constant_raw(task, work.data.baseline()[task.name])
-        target = work.data.targets[task.name][index]
-        valid = work.data.valid[task.name][index]
-        raw = constant.view(1, -1).expand(len(index), -1)
+    for task in tasks:
+        raw = constant_raw(task, constants[task.name]).view(1, -1).expand(len(index), -1)
+        target, valid = data.targets[task.name][index], data.valid[task.name][index]
         found[task.name] = metrics_of(task, raw, target, valid)
     return found
 

@@ -39,6 +39,8 @@ from mtl_cli.run import Progress, Run, RunDir, StopFlag, Stopped, new_run_path, 
 from mtl_cli.train import train
 from mtl_cli.work import Work
 
+log = logging.getLogger(__name__)
+
 
 def run_job(
     cfg: DictConfig,
@@ -137,6 +139,7 @@ def train_in(
         directory.start_logs(progress.log_bytes)
     if state is not None:
         run.clock.load_state_dict(state["clock"])
+    log.info("%s from step %d", directory.path, progress.total_steps)
     display.start({"run": str(directory.path), **describe(config, where)})
     try:
         train(run)
@@ -146,6 +149,7 @@ def train_in(
         summary = summarise(run, builder.work, config, overrides)
         directory.write_json("summary.json", summary)
         directory.status("finished", step=progress.total_steps, exit_code=OK)
+        log.info("finished at step %d, best %s", progress.total_steps, progress.best)
         console.final_table(summary)
         forget_launch(config)
     dist.shutdown()
@@ -222,6 +226,11 @@ def describe(config: dict[str, Any], where: torch.device) -> dict[str, Any]:
     hints = []
     if where.type == "cpu" and dtype == "fp32" and precision.native_bf16_on_cpu():
         hints.append("this CPU has bf16: precision=bf16 takes about 0.6 of the time")
+    if str(config["schedule"]["_target_"]).endswith(".Alternate") and (
+        not str(config["weighting"]["_target_"]).endswith(".Equal")
+        and "adam" in str(config["optimizer"]["_target_"]).lower()
+    ):
+        hints.append("with Adam per task a weight has no effect: each optimizer undoes the scale")
     if config["backbone"].get("pretrained") is False:
         hints.append("the backbone starts from scratch; backbone.pretrained=true usually helps")
     return {

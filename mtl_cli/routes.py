@@ -231,12 +231,19 @@ class CutRoute:
 
 
 class RowsRoute:
-    """The exact rows: K passes through the backbone, as lists of tensors (no flat copy)."""
+    """The exact rows: K passes through the backbone, as lists of tensors (no flat copy).
+
+    Also taken where weights come only after the last micro-batch; the Gramian is then still that
+    of the strategy's scope (``wrt``).
+    """
 
     def __init__(self, engine: BackwardEngine) -> None:
         self.engine = engine
         self.heads = _Heads(engine)
         self.rows: list[Grads] = [[] for _ in engine.present]
+        strategy = engine.weighting
+        self.scope = strategy.wrt if isinstance(strategy, GramianWeighting) else "shared"
+        self.feature_gramian = engine.loss_sums.new_zeros(len(engine.present), len(engine.present))
 
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
@@ -245,6 +252,9 @@ class RowsRoute:
         engine = self.engine
         outputs = list(features.values())
         feature_rows = self.heads.split(list(leaves.values()), losses)
+        if self.scope == "features":
+            filled_rows = [zeros_for(outputs, row) for row in feature_rows]
+            self.feature_gramian += gramian_of(filled_rows).to(self.feature_gramian)
         for k, row in enumerate(feature_rows):
             used = [(z, c) for z, c in zip(outputs, row, strict=True) if c is not None]
             grads = torch.autograd.grad(
@@ -269,10 +279,11 @@ class RowsRoute:
         if isinstance(engine.weighting, GradientWeighting):
             return self._columnwise()
         whole = "rows" in engine.weighting.needs
+        narrow = self._narrow_gramian()
         rows, columns = self._reduced(whole)
         gramian = None
         if isinstance(engine.weighting, GramianWeighting):
-            gramian = self._gramian(rows, whole)
+            gramian = self._gramian(rows, whole) if narrow is None else narrow
             if not bool(torch.isfinite(gramian).all()):
                 return overflow(engine)
         if whole:
@@ -284,6 +295,20 @@ class RowsRoute:
             pieces = torch.split(flat, [p.numel() for p in engine.shared])
             shared = [g.view_as(p) for g, p in zip(pieces, engine.shared, strict=True)]
         return self._report(shared, gramian)
+
+    def _narrow_gramian(self) -> Tensor | None:
+        """Gramian of the features or of the last shared layer; None for all shared parameters."""
+        if self.scope == "features":
+            scale = self.engine.scale.scale
+            return dist.sum_(self.feature_gramian).double().cpu() / scale**2
+        if self.scope == "last_shared":
+            last = {id(p) for p in self.engine.model.last_shared()}
+            mine = [i for i, p in enumerate(self.engine.shared) if id(p) in last]
+            rows = [[row[i].clone() for i in mine] for row in self.rows]
+            for row in rows:
+                dist.sum_lists_(row)
+            return gramian_of(rows)
+        return None
 
     def _reduced(self, whole: bool) -> tuple[list[Grads], int]:
         """Rows summed over ranks: (this rank's slice of the columns, P), or (all, 0)."""

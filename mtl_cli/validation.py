@@ -81,7 +81,7 @@ def probe_validation(work: Work, micro: Sequence[Batch | None], step: int) -> No
     """
     strategy = work.weighting
     assert isinstance(strategy, AutoLambda)
-    halves = [pick(micro, work.seed, step, 2, half) for half in (0, 1)]
+    halves = [pick(work, micro, step, 2, half) for half in (0, 1)]
     counts = [dist.sum_on_host(label_counts(work, half), work.device) for half in halves]
     present = torch.nonzero((counts[0][:, 1] > 0) & (counts[1][:, 1] > 0)).flatten()
     if not len(present):

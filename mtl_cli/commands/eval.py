@@ -1,4 +1,4 @@
-"""``mtl eval RUN|CKPT [--split val|test] [--data PATH] [--json]``."""
+"""``mtl eval RUN|CKPT [--split val|test] [--data PATH] [--json] [--allow-code PKG]``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtl_cli import allow
 from mtl_cli.commands.arguments import split
 from mtl_cli.errors import OK, ConfigError
 
@@ -36,7 +37,10 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
         CheckpointError: no usable checkpoint.
         DataError: the data are missing.
     """
-    words, options = split(args, ("--split", "--data", "--device", "--name"), ("--json",), USAGE)
+    words, options = split(
+        args, ("--split", "--data", "--device", "--allow-code", "--name"), ("--json",), USAGE
+    )
+    allow.allow(options.get("--allow-code", ""))
     if len(words) != 1:
         raise ConfigError(f"eval: expected one run or checkpoint; {USAGE}")
     name = options.get("--split", "val")
@@ -54,7 +58,7 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
 def judge(run_path: str, split: str, options: Mapping[str, str]) -> dict[str, Any]:
     """Metrics of a checkpoint on a split, the constant predictor beside them."""
     from mtl_cli import build, checkpoint, device, precision
-    from mtl_cli.evaluate import evaluate_model
+    from mtl_cli.evaluate import constant_metrics, evaluate_model
     from mtl_cli.metrics import TaskMetrics
 
     path = checkpoint.find(Path(run_path).expanduser(), options.get("--name", "best"))
@@ -71,6 +75,7 @@ def judge(run_path: str, split: str, options: Mapping[str, str]) -> dict[str, An
         model.to(where), tasks, losses, data, state["baseline"], split, where, dtype
     )
     assert evaluation is not None
+    constants = constant_metrics(tasks, data, split)
     per_class = {}
     for task in tasks:
         metrics = TaskMetrics(task)
@@ -88,6 +93,7 @@ def judge(run_path: str, split: str, options: Mapping[str, str]) -> dict[str, An
         "metrics": evaluation.metrics,
         "losses": evaluation.losses,
         "score": evaluation.score,
+        "baseline": constants,
         "units": {t.name: t.unit for t in tasks},
         "per_class": per_class,
     }
@@ -103,7 +109,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
         for name, value in metrics.items():
             shown = "-" if value is None else f"{value:.6g}"
             unit = result["units"][task] if name in ("mae", "rmse") else ""
-            lines.append(f"  {task:<16} {name:<18} {shown} {unit}".rstrip())
+            constant = result["baseline"].get(task, {}).get(name)
+            beside = "" if constant is None else f"(constant predictor {constant:.4g})"
+            lines.append(f"  {task:<16} {name:<18} {shown} {unit} {beside}".rstrip())
     for task, rows in result["per_class"].items():
         for row in rows:
             figures = "  ".join(

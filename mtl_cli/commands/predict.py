@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mtl_cli import allow
 from mtl_cli.commands.arguments import split
 from mtl_cli.errors import OK, ConfigError, DataError
 
-USAGE = "mtl predict RUN|CHECKPOINT IMAGE|DIR... [--out FILE.csv|FILE.jsonl] [--device D]"
+USAGE = "mtl predict RUN|CHECKPOINT IMAGE|DIR... [--out FILE.csv|FILE.jsonl] [--device D] [--allow-code PKG]"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +33,8 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
         DataError: no such image, or one that cannot be decoded.
         CheckpointError: no usable checkpoint.
     """
-    words, options = split(args, ("--out", "--device"), (), USAGE)
+    words, options = split(args, ("--out", "--device", "--allow-code"), (), USAGE)
+    allow.allow(options.get("--allow-code", ""))
     if len(words) < 2:
         raise ConfigError(f"predict: expected a run and at least one image; {USAGE}")
     out = Path(options["--out"]) if "--out" in options else None

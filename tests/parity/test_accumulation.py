@@ -35,6 +35,13 @@ def test_micro_batches_equal_the_batch(strategy):
     assert (whole - cut).norm() <= 1e-6 * whole.norm()
 
 
+@pytest.mark.parametrize("wrt", ["features", "last_shared"])
+@pytest.mark.parametrize("strategy", ["mgda", "imtl", "nash_mtl", "gradnorm"])
+def test_cheap_scopes_too(strategy, wrt):
+    whole, cut = (run(strategy, n, f"weighting.wrt={wrt}") for n in (1, 4))
+    assert (whole - cut).norm() <= 1e-9 * whole.norm()
+
+
 def test_cut_differently_equal_too():
     whole = run("uncertainty", 1)
     for accumulate in (2, 3, 5):
