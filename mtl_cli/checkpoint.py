@@ -77,6 +77,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], need: int 
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if "DataLoader worker" in str(error):  # torch's SIGCHLD handler raises anywhere
+            raise
         raise _cannot_write(path, error, need) from error
 
 

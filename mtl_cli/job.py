@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,11 @@ def run_job(
     except Exception as error:
         if dist.lost_peer(error):
             error = ResourceError(f"another rank is gone ({str(error).splitlines()[0][:120]})")
+        if stop and "DataLoader worker" in str(error):
+            # the signal went to the whole group and has killed the workers; torch reports that
+            # wherever the main thread is, so the last checkpoint stands
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return finish(directory, "interrupted", STOPPED, f"stopped by {stop.signal}")
         if isinstance(error, RuntimeError):
             error = worker_error(error)  # raised by a signal handler, wherever we were
         if isinstance(error, ResourceError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +146,7 @@ class Loader:
         """
         self._plan.requests = requests
         try:
-            iterator = iter(self._loader)
-            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
-                # torch's handler raises wherever the main thread happens to be; without it a dead
-                # worker surfaces in the next batch, within seconds
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield from iterator
+            yield from self._loader
         except RuntimeError as error:
             raise worker_error(error) from error
 

@@ -214,7 +214,7 @@ def test_a_killed_worker_is_reported_quickly(tmp_path):
     started = time.monotonic()
     with pytest.raises(ResourceError, match=r"worker.*data\.workers"):
         list(data.train_batches(stage=0, epoch=0))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20  # torch gives each of two workers 5 s to leave
     data.close()
 
 
