@@ -8,7 +8,8 @@ Every strategy takes ``mtl_cli.train.train_step`` on the same random batch, betw
 its ratio is CPU time over their mean, the median over the rounds. A joint step is one forward pass,
 one pass for input gradients and one for weight gradients, each a third; K exact gradient rows
 repeat the last two K times: (1 + 2K) / 3. ``--peers`` adds TorchJD's own ``mtl_backward`` and
-``jac_to_grad`` (if installed) and a loop of K whole backward passes as LibMTL runs it.
+``jac_to_grad`` (if installed) and a loop of K whole backward passes as LibMTL runs it. Memory is the
+peak of the tensors that a step allocates, above a joint step's, in gradients of the shared part (P).
 """
 
 # T = K objectives, P shared parameters, B batch, H W pixels
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from bench_common import (
     settings,
     spread,
     table,
+    tensor_peak_mib,
     verdict,
 )
 from torch import Tensor
@@ -68,14 +70,14 @@ class Method:
     Args:
         name: shown.
         parts: (share of the steps, step); the cost is their weighted sum.
-        bound: arithmetic bound in joint steps, None where there is none to give.
+        bound: arithmetic bound in joint steps.
         target: what it may cost.
         ours: runs under the tool's settings (deterministic kernels), the peers under torch's own.
     """
 
     name: str
     parts: list[tuple[float, Callable[[], Any]]]
-    bound: float | None
+    bound: float
     target: float | None
     ours: bool = True
 
@@ -217,9 +219,9 @@ class Bench:
 def plain_step(bench: Bench, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Sum of the losses, one backward pass."""
     losses = bench.losses(model.features(as_input(bench.batch.images, "fp32")), model)
-    optimizer.zero_grad()
     sum(losses).backward()
     optimizer.step()
+    optimizer.zero_grad()
 
 
 def whole_passes(bench: Bench, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -275,12 +277,6 @@ def torchjd_missing() -> str:
     return ""
 
 
-def methods(bench: Bench, strategies: Sequence[str], peers: bool) -> list[Method]:
-    """Everything to measure, the joint step first."""
-    found = [bench.ours("equal"), *(bench.ours(s) for s in strategies)]
-    return found + [bench.peer(name) for name in known_peers(peers)]
-
-
 def known_peers(wanted: bool) -> list[str]:
     """The peers that can run here."""
     if not wanted:
@@ -288,33 +284,28 @@ def known_peers(wanted: bool) -> list[str]:
     return [p for p in PEERS if not (p.startswith("TorchJD") and torchjd_missing())]
 
 
-def time_all(found: Sequence[Method], config: dict[str, Any], rounds: int) -> list[list[float]]:
-    """Ratios to the joint steps before and after, per method and round; the first is the joint's ms."""
-    joint, *others = found
-    ratios: list[list[float]] = [[] for _ in found]
+def compare(
+    joint: Method, method: Method, config: dict[str, Any], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Ratios of a step to the joint steps before and after it; seconds of the joint steps."""
 
-    def seconds(method: Method) -> float:
-        if method.ours:
+    def seconds(measured: Method) -> float:
+        if measured.ours:
             set_determinism(config, CPU)
         else:
             torch.use_deterministic_algorithms(False)
-        return sum(share * cpu_and_wall(part)[0] for share, part in method.parts)
+        return sum(share * cpu_and_wall(part)[0] for share, part in measured.parts)
 
-    for method in found:
-        seconds(method)  # warm-up
+    seconds(method)  # warm-up
     gc.collect()
     gc.disable()
-    before = seconds(joint)
+    joints, ratios = [seconds(joint)], []
     for _ in range(rounds):
-        for i, method in enumerate(others, start=1):
-            own = seconds(method)
-            after = seconds(joint)
-            ratios[i].append(own / ((before + after) / 2))
-            ratios[0].append(after)
-            before = after
-        gc.collect()
+        own = seconds(method)
+        joints.append(seconds(joint))
+        ratios.append(own / ((joints[-2] + joints[-1]) / 2))
     gc.enable()
-    return ratios
+    return ratios, joints[1:]
 
 
 def memory_of(make: Callable[[], Method]) -> float:
@@ -329,8 +320,8 @@ def memory_of(make: Callable[[], Method]) -> float:
     return float(in_child(measure))
 
 
-def memories(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
-    """Peak MiB by method, the joint step's included."""
+def resident(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
+    """Peak resident MiB by method, the joint step's included."""
     found = {}
     for name in ("equal", *options.strategies):
         found[name] = memory_of(lambda name=name: bench.ours(name))
@@ -339,23 +330,32 @@ def memories(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def measure(bench: Bench, memory: dict[str, float], options: argparse.Namespace) -> str:
+def measure(bench: Bench, rss: dict[str, float], options: argparse.Namespace) -> str:
     """The table of one K."""
-    found = methods(bench, options.strategies, options.peers)
-    ratios = time_all(found, bench.config, options.rounds)
+    joint = bench.ours("equal")
+    joint.step()
+    floor = tensor_peak_mib(joint.step)
     row_mib = sum(p.numel() for p in bench.work().model.shared_parameters()) * 4 / MIB
-    rows = []
-    for method, values in zip(found[1:], ratios[1:], strict=True):
-        extra = memory.get(method.name, 0.0) - memory.get("equal", 0.0)
-        rows.append(
-            [method.name, f"{median(values):.3f}", spread(values),
-             "-" if method.bound is None else f"{method.bound:.2f}",
-             verdict(median(values), method.target),
-             f"{extra:+.0f} = {extra / row_mib:+.1f} P" if memory else "-"]
-        )  # fmt: skip
-    head = ["step", "ratio", "quartiles", "bound", "target", "peak MiB above joint"]
-    joint = f"K = {bench.count}: joint step {1e3 * median(ratios[0]):.0f} CPU-ms"
-    return f"\n{joint}; one gradient, P = {row_mib:.1f} MiB\n\n{table(head, rows)}"
+    makers = [(bench.ours, name) for name in options.strategies]
+    makers += [(bench.peer, name) for name in known_peers(options.peers)]
+    rows, joints = [], []
+    for make, name in makers:
+        method = make(name)
+        ratios, seconds = compare(joint, method, bench.config, options.rounds)
+        joints += seconds
+        extra = (tensor_peak_mib(method.parts[0][1]) - floor) / row_mib
+        line = [name, f"{median(ratios):.3f}", spread(ratios), f"{method.bound:.2f}",
+                verdict(median(ratios), method.target), f"{extra:+.2f} P"]  # fmt: skip
+        if rss:
+            line.append(f"{(rss[name] - rss['equal']) / row_mib:+.1f} P")
+        rows.append(line)
+    head = ["step", "ratio", "quartiles", "bound", "target", "tensors above joint"]
+    head += ["resident above joint"] if rss else []
+    facts = (
+        f"K = {bench.count}: joint step {1e3 * median(joints):.0f} CPU-ms, its tensors {floor:.0f} "
+        f"MiB at most; one gradient of the shared part, P = {row_mib:.1f} MiB"
+    )
+    return f"\n{facts}\n\n{table(head, rows)}"
 
 
 def main() -> None:
@@ -368,11 +368,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few strategies and rounds")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--resident", action="store_true", help="peak of a process per strategy")
     options = parser.parse_args()
     options.strategies = options.strategies or (QUICK if options.quick else STRATEGIES)
     options.rounds = options.rounds or (5 if options.quick else 9)
-    options.memory = options.memory and not options.quick
     torch.set_num_threads(options.threads)
     known = {path.stem for path in (Path(build.__file__).parents[1] / "conf/weighting").glob("*")}
     if unknown := [s for s in options.strategies if known and s.split()[0] not in known]:
@@ -383,8 +382,8 @@ def main() -> None:
         print(f"TorchJD is left out: {missing}")
     benches = [Bench(count, options.batch) for count in options.k]
     # first: a process is forked before this one has computed anything
-    memory = [memories(bench, options) if options.memory else {} for bench in benches]
-    for bench, peaks in zip(benches, memory, strict=True):
+    rss = [resident(bench, options) if options.resident else {} for bench in benches]
+    for bench, peaks in zip(benches, rss, strict=True):
         print(measure(bench, peaks, options), flush=True)
 
 
