@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -12,21 +13,21 @@ from mtl_cli.train import train_step
 from tests import support
 
 STEPS = 2
-# BatchNorm rests in these runs, so a micro-batch of one sample, or none, is fine.
-build._refuse_tiny_batches = lambda *_: None
 OPTIMIZER = ("optimizer=sgd", "optimizer.lr=0.05")
 BATCH = ("data.batch_size=15", "data.drop_last=false")  # uneven parts, and a short last batch
 
 
 def trained(strategy: str, precision: str, accumulate: int = 1) -> torch.Tensor:
     """Weights and strategy state after two steps, the second on a batch that leaves a rank empty."""
-    work = support.make_work(
-        f"weighting={strategy}",
-        f"precision={precision}",
-        f"accumulate={accumulate}",
-        *OPTIMIZER,
-        *BATCH,
-    )
+    # BatchNorm rests in these runs, so a micro-batch of one sample, or none, is fine.
+    with mock.patch.object(build, "_refuse_tiny_batches"):
+        work = support.make_work(
+            f"weighting={strategy}",
+            f"precision={precision}",
+            f"accumulate={accumulate}",
+            *OPTIMIZER,
+            *BATCH,
+        )
     support.punch_holes(work.data, share=0.6)
     support.rest_batchnorm(work)
     start = work.data.steps_per_epoch - STEPS
