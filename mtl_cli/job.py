@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from mtl_cli import __version__, build, console, device, dist, precision
 from mtl_cli.config import to_text
-from mtl_cli.data.loader import worker_error
+from mtl_cli.data.loader import WorkerLost, worker_error
 from mtl_cli.errors import (
     OK,
     STOPPED,
@@ -75,25 +75,14 @@ def run_job(
                 return train_in(directory, config, cfg, overrides, where, stop)
     except Stopped as stopped:
         return finish(directory, "interrupted", STOPPED, f"stopped by {stopped}")
-    except MtlError as error:
-        return fail(directory, error, error.exit_code, str(error), debug)
-    except torch.OutOfMemoryError as error:
-        reason = f"{str(error).splitlines()[0]}; lower data.batch_size or raise accumulate"
-        return fail(directory, error, ResourceError.exit_code, reason, debug)
     except Exception as error:
-        if dist.lost_peer(error):
-            error = ResourceError(f"another rank is gone ({str(error).splitlines()[0][:120]})")
-        if stop and "DataLoader worker" in str(error):
-            # the signal went to the whole group and has killed the workers; torch reports that
-            # wherever the main thread is, so the last checkpoint stands
+        error = understood(error)
+        if stop and isinstance(error, WorkerLost):
+            # the signal went to the whole group; torch reports a dead worker wherever the main
+            # thread is, so the last checkpoint stands
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return finish(directory, "interrupted", STOPPED, f"stopped by {stop.signal}")
-        if isinstance(error, RuntimeError):
-            error = worker_error(error)  # raised by a signal handler, wherever we were
-        if isinstance(error, ResourceError):
-            return fail(directory, error, error.exit_code, str(error), debug)
-        reason = f"unexpected {type(error).__name__}: {error}"
-        return fail(directory, error, UNEXPECTED, reason, debug)
+        return fail(directory, error, debug)
     finally:
         if directory is not None:
             directory.close()
@@ -343,10 +332,27 @@ def finish(directory: RunDir | None, state: str, code: int, reason: str) -> int:
     return code
 
 
-def fail(
-    directory: RunDir | None, error: BaseException, code: int, reason: str, debug: bool
-) -> int:
+def understood(error: Exception) -> Exception:
+    """Name what torch raises for memory, lost ranks and lost workers; others come back unchanged."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        found: Exception = ResourceError(f"{first}; lower data.batch_size or raise accumulate")
+    elif dist.lost_peer(error):
+        found = ResourceError(f"another rank is gone ({first[:120]})")
+    elif isinstance(error, RuntimeError):
+        found = worker_error(error)  # raised by a signal handler, wherever we were
+    else:
+        return error
+    if found is not error:
+        found.__cause__ = error
+    return found
+
+
+def fail(directory: RunDir | None, error: Exception, debug: bool) -> int:
     """Report a failure on the screen and in the run directory; never raises."""
+    code, reason = UNEXPECTED, f"unexpected {type(error).__name__}: {error}"
+    if isinstance(error, MtlError):
+        code, reason = error.exit_code, str(error)
     details = "".join(traceback.format_exception(error))
     if debug or code == UNEXPECTED:
         console.trace(details)

@@ -27,6 +27,7 @@ from mtl_cli.errors import DataError, ResourceError
 from mtl_cli.task import mix64
 
 TIMEOUT_S = 300.0  # a worker that gives nothing for this long hangs (network file system)
+LINGER_S = 60  # how long a worker outlives a SIGTERM, for the main process to finish its step
 MAX_WORKERS = 8
 
 
@@ -142,13 +143,17 @@ class Loader:
         """Answers in the order of the requests.
 
         Raises:
-            ResourceError: a worker process died or hangs.
+            WorkerLost: a worker process died or hangs.
         """
         self._plan.requests = requests
         try:
             yield from self._loader
         except RuntimeError as error:
             raise worker_error(error) from error
+
+
+class WorkerLost(ResourceError):
+    """A data worker died or hangs."""
 
 
 def worker_error(error: RuntimeError) -> Exception:
@@ -160,7 +165,7 @@ def worker_error(error: RuntimeError) -> Exception:
     hint = "out of memory? try a smaller data.workers"
     if "bus error" in text.lower() or "shared memory" in text:
         hint = "shared memory (/dev/shm) is full; try data.workers=0"
-    return ResourceError(f"data: {first}; {hint}")
+    return WorkerLost(f"data: {first}; {hint}")
 
 
 def available_cores() -> int:
@@ -176,10 +181,17 @@ def available_cores() -> int:
 
 
 def _init_worker(_: int) -> None:
-    """Leave signals to the main process, but die of SIGTERM: multiprocessing ends workers so."""
+    """Outlive a signal to the whole group: the main process finishes its step and ends us."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _linger)
+
+
+def _linger(number: int, _: object) -> None:
+    """The first SIGTERM ends a worker after a while, the second at once."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LINGER_S)
 
 
 def _same(item: Any) -> Any:

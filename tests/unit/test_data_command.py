@@ -27,6 +27,7 @@ def _run(capsys, *words):
 
 def test_inspect_check_prepare_preview(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     code, out, _ = _run(capsys, "inspect", "synthetic", *SMALL)
     assert code == 0
     assert out.startswith("train 48, val 6, test 6")

@@ -1,5 +1,7 @@
 """Batches are pure functions of (seed, stage, epoch, step): workers, ranks and restarts alike."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import time
@@ -218,24 +220,20 @@ def test_a_killed_worker_is_reported_quickly(tmp_path):
     data.close()
 
 
-class Signals(Numbers):
-    """Pixels say how the process that decodes treats INT (ignored?) and TERM (default?)."""
-
-    def image(self, row, size, resize="crop"):
-        ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        dies = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        return np.full((size, size, 3), 10 * ignores + dies, np.uint8)
-
-
-def test_workers_ignore_interrupts_but_not_termination(tmp_path):
-    old = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        data = _data(tmp_path, Signals(), cache="off", workers=1)
-        (batch,) = next(data.train_batches(stage=0, epoch=0))
-    finally:
-        signal.signal(signal.SIGTERM, old)
-    assert batch.images.unique().tolist() == [11]
-    data.close()
+def test_workers_outlive_a_signal_to_the_group(tmp_path):
+    """The main process asks for more after it; only a second SIGTERM ends a worker at once."""
+    data = _data(tmp_path, cache="off", workers=1)
+    batches = data.train_batches(stage=0, epoch=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 3
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(5)
+    with contextlib.suppress(RuntimeError):
+        data.close()
 
 
 def test_worker_errors_are_told_apart():
