@@ -62,7 +62,7 @@ class BackwardEngine:
         self.scale = scale or LossScale()
         self.priors = torch.tensor([o.prior for o in objectives], dtype=torch.float64)
 
-    def begin(self, turn: Turn, step: int, counts: Tensor) -> None:
+    def begin(self, turn: Turn, step: int, counts: Tensor, observe: bool = False) -> None:
         """Open a turn.
 
         Args:
@@ -70,9 +70,11 @@ class BackwardEngine:
             step: optimizer steps attempted so far.
             counts: [G, T, 2] float64, global denominators and labels of every objective in each of
                 the G parts of the batch (three for strategies that need independent batches).
+            observe: report a Gramian to log, that of the features where the strategy has none.
         """
         self.turn = turn
         self.step = step
+        self.observe = observe
         self.present = torch.tensor(
             [
                 i
@@ -96,6 +98,7 @@ class BackwardEngine:
         self.declared: Tensor | None = None
         if len(self.present):
             self._declare()
+        self.wanted = self._wants_gramian()
         self.route = self._route()
 
     def cut(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,10 +199,21 @@ class BackwardEngine:
     def _declare(self) -> None:
         """Ask for weights that are known beforehand; a transform's slopes may still be open."""
         declared = self.weighting.weights(self.step, self.present)
+        if not self.shared and not isinstance(self.weighting, LossWeighting):
+            declared = torch.ones(len(self.present), dtype=torch.float64)  # heads alone are trained
         if declared is not None:
             self.declared = self.weighting.rescale(declared.detach().double().cpu())
             if self.weighting.transform == "identity":
                 self.weights = self.declared
+
+    def _wants_gramian(self) -> bool:
+        """Whether the strategy needs the Gramian of this step, for its weights or its state."""
+        strategy = self.weighting
+        if not isinstance(strategy, GramianWeighting) or not self.shared:
+            return False
+        return self.declared is None or (
+            strategy.observe and self.step % strategy.update_every == 0
+        )
 
     def _loss_weights(self, losses: Tensor) -> Tensor:
         """dF/dL of a loss-level strategy."""
@@ -225,23 +239,32 @@ class BackwardEngine:
         if len(self.factors) > 1:
             return PartsRoute(self)
         several = self.micro_batches > 1
-        if self.turn.split or isinstance(strategy, GradientWeighting):
+        if self.turn.split or (isinstance(strategy, GradientWeighting) and self.shared):
             return RowsRoute(self)
         if self.weights is None and several:
             return RowsRoute(self)  # weights come after the last micro-batch
-        if isinstance(strategy, GramianWeighting):
-            if self.declared is None and strategy.wrt == "shared":
-                return RowsRoute(self)
-            if strategy.observe or self.declared is None:
-                return CutRoute(self)
+        if isinstance(strategy, GramianWeighting) and self.wanted:
+            return RowsRoute(self) if strategy.wrt == "shared" else CutRoute(self)
         uniform = self.weights is not None and bool((self.weights == 1).all())
         return SumRoute(self) if strategy.heads == "weighted" or uniform else CutRoute(self)
 
-    def report(self, updates: list[Update], gramian: Tensor | None = None) -> StepReport:
+    def no_gramian(self) -> Tensor:
+        """Zeros [K,K] on the device, to add products of scaled gradients to."""
+        return self.loss_sums.new_zeros(len(self.present), len(self.present))
+
+    def reduced(self, gramian: Tensor) -> Tensor:
+        """A sum of products of scaled gradients [K,K] over all ranks, unscaled, on the CPU."""
+        return dist.sum_(gramian).double().cpu() / self.scale.scale**2
+
+    def report(
+        self, updates: list[Update], gramian: Tensor | None = None, wrt: str = "shared"
+    ) -> StepReport:
         """A route's result; the engine completes it after the finite test."""
-        return StepReport(
-            self.present, self.losses, self.losses, True, gramian=gramian, updates=updates
-        )
+        report = StepReport(self.present, self.losses, self.losses, True, gramian=gramian, wrt=wrt)
+        report.updates = updates
+        if self.observe:
+            report.observed = gramian
+        return report
 
     def objectives_of(self, task: str) -> list[int]:
         """Indices of a task's objectives, in the order of its loss's terms."""

@@ -314,7 +314,8 @@ def assemble(
     refuse_combination(schedule, weighting)
     rules = stage.rules.over(root_rules(config))
     rows = param_table(model, rename_rules(rules, {t.name for t in tasks}), model.layers())
-    _refuse_idle_strategy(weighting, rows, len(objectives))
+    if len(schedule.stages(tuple(config["task"]["outputs"]))) == 1:
+        _refuse_idle_strategy(weighting, rows, len(objectives))
     _refuse_tiny_batches(config, model, len(data.splits["train"]))
     node = config["precision"]
     scale = (
@@ -399,7 +400,10 @@ def root_rules(config: Config) -> ParamRules:
 
 
 def _refuse_idle_strategy(weighting: Weighting, rows: Sequence[ParamRow], objectives: int) -> None:
-    """Gradient rows of nothing: a frozen backbone leaves such a strategy without material."""
+    """Gradient rows of nothing: a backbone that is always frozen gives a strategy no material.
+
+    In one stage of several it may rest: the heads then learn from their own losses.
+    """
     needs_rows = isinstance(weighting, (GramianWeighting, GradientWeighting))
     moving = any(not r.frozen and not r.name.startswith("heads.") for r in rows)
     if needs_rows and not moving and objectives > 1:

@@ -322,7 +322,7 @@ class Display:
             "|grad|": [number(self._at("grad_norm", row), 3) for row in self.rows],
             "cos": [number(self._at("cos", row), 2) for row in self.rows],
         }
-        for optional in ("|grad|", "cos"):  # only strategies with a Gramian have them
+        for optional in ("|grad|", "cos"):  # measured with the first line of the log
             if all(cell == "-" for cell in columns[optional]):
                 del columns[optional]
         lines: list[str] = []

@@ -67,14 +67,14 @@ class MultiTaskModel(nn.Module):
         """Trainable parameters of one task's head."""
         return [p for p in self.heads[task].parameters() if p.requires_grad]
 
+    def last_layer(self) -> nn.Module:
+        """The last layer with a weight matrix that all tasks pass through."""
+        name: str = self.backbone.last_shared()  # type: ignore[operator]
+        return self.backbone.get_submodule(name)
+
     def last_shared(self) -> list[nn.Parameter]:
-        """Trainable parameters of the last block that all tasks pass through."""
-        prefix: str = self.backbone.last_shared()  # type: ignore[operator]
-        return [
-            p
-            for name, p in self.backbone.named_parameters()
-            if (name == prefix or name.startswith(f"{prefix}.")) and p.requires_grad
-        ]
+        """Trainable parameters of the last shared layer."""
+        return [p for p in self.last_layer().parameters() if p.requires_grad]
 
     def layers(self) -> Sequence[tuple[str, tuple[str, ...]]]:
         """The backbone's layers from the input up: (name, parameter-name prefixes)."""

@@ -121,7 +121,7 @@ def log_step(run: Run, work: Work, reports: Sequence[StepReport]) -> None:
         "fallbacks": int(work.weighting.fallbacks),
     }
     for report in reports:
-        if report.gramian is not None and report.finite:
+        if report.observed is not None and report.finite:
             record |= gradient_facts(report, names)
     if dist.rank() == 0:
         run.dir.log(record)
@@ -130,9 +130,12 @@ def log_step(run: Run, work: Work, reports: Sequence[StepReport]) -> None:
 
 
 def gradient_facts(report: StepReport, names: Sequence[str]) -> dict[str, Any]:
-    """Norms of the task gradients and their cosines to the mean gradient, from the Gramian."""
-    assert report.gramian is not None
-    gramian = report.gramian
+    """Norms of the objectives' gradients, cosines to their mean, share of conflicting pairs.
+
+    ``grad_wrt`` says of which gradients: those the strategy weighs, else those of the features.
+    """
+    assert report.observed is not None
+    gramian = report.observed
     norms = gramian.diagonal().clamp(min=0).sqrt()
     mean_norm = gramian.mean().clamp(min=0).sqrt()
     cosines = gramian.mean(dim=1) / (norms * mean_norm).clamp(min=1e-30)
@@ -140,6 +143,7 @@ def gradient_facts(report: StepReport, names: Sequence[str]) -> dict[str, Any]:
     present = [names[i] for i in report.present.tolist()]
     count = max(1, len(present) * (len(present) - 1))
     return {
+        "grad_wrt": report.wrt,
         "grad_norm": dict(zip(present, norms.tolist(), strict=True)),
         "cos": dict(zip(present, cosines.tolist(), strict=True)),
         "conflicts": int((pairs < 0).sum()) / count,

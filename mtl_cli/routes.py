@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_cli import dist
+from mtl_cli.ghost import GhostLayer
 from mtl_cli.rows import Grads, add_, combine, gramian_of, zeros_for
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting
 
@@ -35,8 +36,9 @@ class StepReport:
     """What one turn measured; all over the present objectives.
 
     Shape:
-        present [K] int64; losses [K] float64; weights [K] float64; gramian [K,K] float64 or None;
-        grad_norm: norm of the combined gradient before clipping.
+        present [K] int64; losses [K] float64; weights [K] float64; gramian [K,K] float64, what
+        the strategy saw, or None; observed [K,K] float64, what is to be logged (gradients with
+        respect to ``wrt``), or None; grad_norm: norm of the combined gradient before clipping.
     """
 
     present: Tensor
@@ -44,21 +46,30 @@ class StepReport:
     weights: Tensor
     finite: bool
     gramian: Tensor | None = None
+    observed: Tensor | None = None
+    wrt: str = "shared"
     grad_norm: float = 0.0
     updates: list[Update] = field(default_factory=list)
 
 
 class SumRoute:
-    """One backward pass; the gradients gather in ``.grad`` over the micro-batches."""
+    """One backward pass; the gradients gather in ``.grad`` over the micro-batches.
+
+    An observed step measures the features' Gramian beside it, which leaves the step as it is.
+    """
 
     def __init__(self, engine: BackwardEngine) -> None:
         self.engine = engine
+        self.observe = engine.observe and bool(engine.shared)
+        self.feature_gramian = engine.no_gramian()
 
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
     ) -> None:
         """One backward pass per micro-batch."""
         self._settle()
+        if self.observe:
+            self._observe(list(features.values()), losses)
         weights = self.engine.row_weights().tolist()
         total = torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
         (total * self.engine.scale.scale).backward()  # type: ignore[no-untyped-call]
@@ -79,7 +90,19 @@ class SumRoute:
             p.grad = None
         dist.sum_lists_(grads)
         engine.scale.unscale_(grads)
-        return engine.report([Update(engine.turn.optimizers[0], parameters, grads)])
+        report = engine.report([Update(engine.turn.optimizers[0], parameters, grads)])
+        if self.observe:
+            report.observed, report.wrt = engine.reduced(self.feature_gramian), "features"
+        return report
+
+    def _observe(self, outputs: list[Tensor], losses: list[Tensor]) -> None:
+        outputs = [z for z in outputs if z.requires_grad]  # some stages of it may be frozen
+        rows = []
+        for loss in losses:
+            scaled = loss * self.engine.scale.scale
+            grads = torch.autograd.grad(scaled, outputs, retain_graph=True, allow_unused=True)
+            rows.append(zeros_for(outputs, grads))
+        self.feature_gramian += gramian_of(rows).to(self.feature_gramian)
 
     def _settle(self) -> None:
         """Weights that follow from the losses of the whole step (one micro-batch per rank)."""
@@ -144,9 +167,17 @@ class CutRoute:
     def __init__(self, engine: BackwardEngine) -> None:
         self.engine = engine
         self.heads = _Heads(engine)
-        self.measured = engine.model.last_shared() if self._wrt() == "last_shared" else []
+        self.wrt = "features"
+        if isinstance(engine.weighting, GramianWeighting):
+            self.wrt = engine.weighting.wrt
+        self.measured = engine.model.last_shared() if self.wrt == "last_shared" else []
+        self.ghost: GhostLayer | None = None
+        self.ghost_gramian: Tensor | None = None
+        # rows of several ranks or micro-batches must be added before they are multiplied
+        if engine.wanted and self.measured and engine.micro_batches == dist.world() == 1:
+            self.ghost = GhostLayer(engine.model.last_layer())
         self.rows: list[Grads] = [[] for _ in engine.present]
-        self.feature_gramian = engine.loss_sums.new_zeros(len(engine.present), len(engine.present))
+        self.feature_gramian = engine.no_gramian()
         self.pending: tuple[list[Tensor], list[Grads]] | None = None
         self.backbone: Grads = []
 
@@ -160,8 +191,10 @@ class CutRoute:
             [torch.zeros_like(z) if c is None else c for z, c in zip(outputs, row, strict=True)]
             for row in raw
         ]
-        if self._needs_gramian():
+        if self.engine.wanted:
             self._measure(outputs, rows)
+        elif self.engine.observe:
+            self.feature_gramian += gramian_of(rows).to(self.feature_gramian)
         if self.engine.weights is None:
             self.pending = (outputs, rows)
         else:
@@ -171,7 +204,7 @@ class CutRoute:
         """Reduce over ranks, weigh and combine."""
         engine = self.engine
         self.heads.close()
-        gramian = self._gramian() if self._needs_gramian() else None
+        gramian = self._gramian() if engine.wanted else None
         if gramian is not None and not bool(torch.isfinite(gramian).all()):
             return overflow(engine)
         if engine.weights is None:
@@ -183,17 +216,10 @@ class CutRoute:
         engine.scale.unscale_(shared)
         parameters, grads = self.heads.combined()
         update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
-        return engine.report([update], gramian)
-
-    def _wrt(self) -> str:
-        strategy = self.engine.weighting
-        return strategy.wrt if isinstance(strategy, GramianWeighting) else "features"
-
-    def _needs_gramian(self) -> bool:
-        strategy = self.engine.weighting
-        return isinstance(strategy, GramianWeighting) and (
-            strategy.observe or self.engine.declared is None
-        )
+        report = engine.report([update], gramian, self.wrt)
+        if gramian is None and engine.observe:
+            report.observed, report.wrt = engine.reduced(self.feature_gramian), "features"
+        return report
 
     def _measure(self, outputs: list[Tensor], rows: list[Grads]) -> None:
         """Add this micro-batch to the Gramian's material.
@@ -202,8 +228,12 @@ class CutRoute:
         Gramians add up; gradient rows of the last shared layer must be added before the product.
         """
         if not self.measured:
-            self.feature_gramian += gramian_of(rows).to(self.feature_gramian.device)
+            self.feature_gramian += gramian_of(rows).to(self.feature_gramian)
             return
+        if self.ghost is not None:
+            self.ghost_gramian = self.ghost.gramian(outputs, rows)
+            if self.ghost_gramian is not None:
+                return
         for k, row in enumerate(rows):
             grads = torch.autograd.grad(
                 outputs, self.measured, grad_outputs=row, retain_graph=True, allow_unused=True
@@ -213,8 +243,9 @@ class CutRoute:
 
     def _gramian(self) -> Tensor:
         if not self.measured:
-            gramian = dist.sum_(self.feature_gramian).double().cpu()
-        else:
+            return self.engine.reduced(self.feature_gramian)
+        gramian = self.ghost_gramian
+        if gramian is None:
             for k, row in enumerate(self.rows):
                 self.rows[k] = row or [torch.zeros_like(p) for p in self.measured]
                 dist.sum_lists_(self.rows[k])
@@ -222,6 +253,8 @@ class CutRoute:
         return gramian / self.engine.scale.scale**2
 
     def _backward(self, outputs: list[Tensor], rows: list[Grads]) -> None:
+        if not self.engine.shared:
+            return
         combined = combine(rows, self.engine.row_weights(), in_place=False)
         grads = torch.autograd.grad(
             outputs, self.engine.shared, grad_outputs=combined, allow_unused=True
@@ -243,7 +276,7 @@ class RowsRoute:
         self.rows: list[Grads] = [[] for _ in engine.present]
         strategy = engine.weighting
         self.scope = strategy.wrt if isinstance(strategy, GramianWeighting) else "shared"
-        self.feature_gramian = engine.loss_sums.new_zeros(len(engine.present), len(engine.present))
+        self.feature_gramian = engine.no_gramian()
 
     def add(
         self, features: dict[str, Tensor], leaves: dict[str, Tensor], losses: list[Tensor]
@@ -252,6 +285,8 @@ class RowsRoute:
         engine = self.engine
         outputs = list(features.values())
         feature_rows = self.heads.split(list(leaves.values()), losses)
+        if not engine.shared:
+            return
         if self.scope == "features":
             filled_rows = [zeros_for(outputs, row) for row in feature_rows]
             self.feature_gramian += gramian_of(filled_rows).to(self.feature_gramian)
@@ -276,16 +311,18 @@ class RowsRoute:
             engine.scale.unscale_(self.rows[k])
         if engine.turn.split:
             return self._split()
-        if isinstance(engine.weighting, GradientWeighting):
+        if isinstance(engine.weighting, GradientWeighting) and engine.shared:
             return self._columnwise()
-        whole = "rows" in engine.weighting.needs
+        whole = "rows" in engine.weighting.needs and bool(engine.shared)
         narrow = self._narrow_gramian()
         rows, columns = self._reduced(whole)
-        gramian = None
+        gramian = observed = None
         if isinstance(engine.weighting, GramianWeighting):
             gramian = self._gramian(rows, whole) if narrow is None else narrow
             if not bool(torch.isfinite(gramian).all()):
                 return overflow(engine)
+        elif engine.observe:
+            observed = self._gramian(rows, whole)
         if whole:
             return self._observed(rows)
         engine.weigh(engine.losses, gramian)
@@ -294,13 +331,15 @@ class RowsRoute:
             flat = dist.gather_columns(shared[0], columns)
             pieces = torch.split(flat, [p.numel() for p in engine.shared])
             shared = [g.view_as(p) for g, p in zip(pieces, engine.shared, strict=True)]
-        return self._report(shared, gramian)
+        report = self._report(shared, gramian)
+        if observed is not None:
+            report.observed, report.wrt = observed, "shared"
+        return report
 
     def _narrow_gramian(self) -> Tensor | None:
         """Gramian of the features or of the last shared layer; None for all shared parameters."""
         if self.scope == "features":
-            scale = self.engine.scale.scale
-            return dist.sum_(self.feature_gramian).double().cpu() / scale**2
+            return self.engine.reduced(self.feature_gramian)
         if self.scope == "last_shared":
             last = {id(p) for p in self.engine.model.last_shared()}
             mine = [i for i, p in enumerate(self.engine.shared) if id(p) in last]
@@ -312,7 +351,7 @@ class RowsRoute:
 
     def _reduced(self, whole: bool) -> tuple[list[Grads], int]:
         """Rows summed over ranks: (this rank's slice of the columns, P), or (all, 0)."""
-        if dist.world() == 1:
+        if dist.world() == 1 or not self.engine.shared:
             return self.rows, 0
         if whole:
             for row in self.rows:
@@ -353,12 +392,15 @@ class RowsRoute:
         norms = torch.stack([norm for row in self.rows for norm in torch._foreach_norm(row)])
         if not bool(torch.isfinite(norms).all()):
             return overflow(engine)
+        observed = gramian_of(self.rows) if engine.observe else None  # combined in place below
         shared, column = [], 0
         for i, p in enumerate(engine.shared):
             columns = [row[i].flatten() for row in self.rows]
             shared.append(self._combined(columns, column).view_as(p))
             column += p.numel()
-        return self._report(shared, None)
+        report = self._report(shared, None)
+        report.observed = observed
+        return report
 
     def _combined(self, rows: list[Tensor], column: int) -> Tensor:
         """The rows [P_tensor] of one parameter, combined into the first of them, piece by piece."""
@@ -381,6 +423,7 @@ class RowsRoute:
         updates = []
         for row in self.rows:
             dist.sum_lists_(row)
+        observed = gramian_of(self.rows) if engine.observe else None
         for task in engine.tasks:
             mine = [
                 k
@@ -390,13 +433,15 @@ class RowsRoute:
             shared = combine([self.rows[k] for k in mine], weights[mine])
             parameters, grads = self.heads.combined(only=task)
             updates.append(Update(task, [*engine.shared, *parameters], [*shared, *grads]))
-        return engine.report(updates)
+        report = engine.report(updates)
+        report.observed = observed
+        return report
 
     def _report(self, shared: Grads, gramian: Tensor | None) -> StepReport:
         engine = self.engine
         parameters, grads = self.heads.combined()
         update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
-        return engine.report([update], gramian)
+        return engine.report([update], gramian, self.scope)
 
 
 class PartsRoute:
@@ -430,6 +475,7 @@ class PartsRoute:
         if not bool(torch.isfinite(gramian).all()):
             return overflow(engine)
         engine.weigh(engine.losses, gramian)
+        observed = gramian_of(third) if engine.observe else None
         shared = combine(third, engine.row_weights())
         per_part = [route.heads.combined() for route in self.routes]
         parameters, grads = per_part[0]
@@ -437,7 +483,9 @@ class PartsRoute:
             torch._foreach_add_(grads, more)
         torch._foreach_div_(grads, len(per_part))
         update = Update(engine.turn.optimizers[0], [*engine.shared, *parameters], [*shared, *grads])
-        return engine.report([update])
+        report = engine.report([update])
+        report.observed = observed
+        return report
 
 
 def overflow(engine: BackwardEngine) -> StepReport:

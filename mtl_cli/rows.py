@@ -55,6 +55,8 @@ def combine(rows: Sequence[Grads], weights: Tensor, in_place: bool = True) -> Gr
     """Weighted sum of the rows; ``in_place`` reuses the memory of the first one."""
     factors = weights.tolist()
     first = rows[0]
+    if not first:
+        return []
     if in_place:
         torch._foreach_mul_(first, factors[0])
         total = first

@@ -101,13 +101,14 @@ def train_epoch(run: Run, work: Work) -> None:
         world=dist.world(),
     )
     for micro in timed(run, work, batches):
-        reports = train_step(work, micro, progress.step, progress.epoch)
+        logged = (progress.total_steps + 1) % work.log_every_steps == 0
+        reports = train_step(work, micro, progress.step, progress.epoch, observe=logged)
         progress.step += 1
         progress.step_in_epoch += 1
         progress.total_steps += 1
         for report in reports:
             note_report(run, work, report, micro)
-        if progress.total_steps % work.log_every_steps == 0:
+        if logged:
             log_step(run, work, reports)
         if work.save_every_steps and progress.total_steps % work.save_every_steps == 0:
             save(run, work)
@@ -115,7 +116,7 @@ def train_epoch(run: Run, work: Work) -> None:
 
 
 def train_step(
-    work: Work, micro: Sequence[Batch | None], step: int, epoch: int
+    work: Work, micro: Sequence[Batch | None], step: int, epoch: int, observe: bool = False
 ) -> list[StepReport]:
     """One optimizer step on this rank's micro-batches; every turn of it.
 
@@ -124,6 +125,7 @@ def train_step(
         micro: micro-batches; None where this rank has no sample.
         step: steps attempted in the stage.
         epoch: epochs finished in the stage.
+        observe: measure the tasks' gradients for the log.
     """
     seed_step(work, step)
     parts = split_parts(work, micro, step)
@@ -135,7 +137,7 @@ def train_step(
     reports = []
     for turn in work.stage.turns.at(step, epoch):
         buffers = [b.clone() for b in work.model.buffers()]
-        work.engine.begin(turn, step, counts)
+        work.engine.begin(turn, step, counts, observe)
         for number, part in enumerate(resident):
             for batch in part:
                 if batch is not None and work.engine.tasks:

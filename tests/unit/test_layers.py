@@ -15,7 +15,7 @@ LAYERS = {
     0: "dist console errors",
     1: "device task params lr metric_names rows",
     2: "backbones heads losses metrics precision weighting.* data.*",
-    3: "model backward routes schedule.*",
+    3: "model backward ghost routes schedule.*",
     4: "checkpoint evaluate parts passes predictions record run validation work",
     5: "train",
     6: "allow build comparison compose config job launch normalise outputs overrides plugins predict "
