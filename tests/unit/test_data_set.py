@@ -230,7 +230,7 @@ def test_workers_outlive_a_signal_to_the_group(tmp_path):
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         os.kill(worker.pid, number)
     assert len(list(batches)) == 3
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # noqa: PT012
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(5)
     with contextlib.suppress(RuntimeError):
