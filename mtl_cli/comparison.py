@@ -178,10 +178,13 @@ def compare(task: str, runs: Sequence[RunRecord], by: Sequence[str] = ()) -> Com
     Args:
         task: its name.
         runs: all of its runs.
-        by: keys to group by; by default everything that varies but the seed.
+        by: keys to group by; by default everything that varies but the seed. Runs of some tasks
+            only are kept apart from the others whatever it says.
     """
     names = _option_names(runs)
     columns = list(by) or _varying(runs, names)
+    if "only" not in columns and len({record.only for record in runs}) > 1:
+        columns.append("only")  # single-task runs are references, never seeds of a joint run
     groups: dict[tuple[str, ...], Group] = {}
     for record in sorted(runs, key=lambda r: len(r.only) == 1):  # references at the end
         label = tuple(_value(record, key, names) for key in columns)

@@ -275,11 +275,12 @@ def test_a_torn_line_of_the_log_goes(undisturbed, tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def torchrun(place: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """Two ranks that train until something stops them."""
+def torchrun(place: Path, *overrides: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks that train until something stops them, started again so many times."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *("--max-restarts", str(restarts)),
         *("-m", "mtl_cli", "train", *SMALL, f"output_dir={place}", "run_name=it", *overrides),
     ]
     with (place / "torchrun.log").open("a") as log:
@@ -338,6 +339,32 @@ def test_a_killed_rank_ends_the_other(tmp_path):
     assert status(run)["state"] == "failed", (tmp_path / "torchrun.log").read_text()[-3000:]
     assert status(run)["exit_code"] == 5
     checkpoint.load(run / "checkpoints" / "last.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_torchrun_restarts_to_the_same_digest(tmp_path):
+    """A killed rank costs the steps since the last checkpoint, and leaves no other trace."""
+    found = []
+    for name in ("undisturbed", "killed"):
+        place = tmp_path / name
+        place.mkdir()
+        run = place / "synthetic" / "it"
+        with torchrun(place, "epochs=150", "weighting=pcgrad", restarts=2) as process:
+            for step in (40, 200) if name == "killed" else ():
+                wait_for(lambda step=step, run=run: newest(run) >= step, f"step {step}")
+                leader = status(run)["pid"]
+                (other,) = set(children(process.pid)) - {leader}
+                os.kill(other, signal.SIGKILL)
+                wait_for(
+                    lambda leader=leader, run=run: status(run)["pid"] != leader, "another attempt"
+                )
+            assert process.wait(120) == 0, (place / "torchrun.log").read_text()[-3000:]
+        assert status(run)["state"] == "finished"
+        saved = checkpoint.load(run / "checkpoints" / "last.pt")
+        kept = {key: saved[key] for key in ("model", "optimizers", "weighting")}
+        found.append((support.digest(kept), (run / "metrics.jsonl").read_text()))
+    assert found[0] == found[1]
 
 
 if __name__ == "__main__":

@@ -183,8 +183,14 @@ def test_settings_that_only_the_config_tells_apart_are_not_mixed(tmp_path):
 def test_by_pools_and_says_so(sweep):
     write_run(sweep, "e9", "seed=1", "optimizer.lr=0.1", metrics=both(9.0, 0.6))
     lines = printed(sweep, "--by", "weighting")
-    assert lines[1].split()[0] == "weighting"
-    assert len([line for line in lines if line.startswith(("equal", "uncertainty"))]) == 2
+    assert lines[1].split()[:2] == ["weighting", "only"]
+    rows = [line.split()[:3] for line in lines if line.startswith(("equal", "uncertainty"))]
+    assert rows == [
+        ["equal", "-", "3"],
+        ["uncertainty", "-", "2/3"],
+        ["equal", "age", "1"],  # never pooled with the joint runs
+        ["equal", "race", "1"],
+    ]
     assert any("differ in" in line and "optimizer.lr" in line for line in lines)
 
 
