@@ -148,14 +148,14 @@ def _check_laws(composer: Composer, command: Command) -> None:
     node = _weighting(composer, command, names[0])
     from mtl_cli.build import make
     from mtl_cli.task import Objective
-    from mtl_cli.weighting import base, laws
+    from mtl_cli.weighting import base, laws, zoo
 
     def build(objectives: Sequence[Objective]) -> base.Weighting:
         strategy: base.Weighting = make(node, "weighting", objectives=objectives, seed=0)
         return strategy
 
     families = (base.LossWeighting, base.GramianWeighting, base.GradientWeighting)
-    if not isinstance(build(laws.objectives(3)), families):
+    if not isinstance(build(zoo.objectives(3)), families):
         expected = " or ".join(family.__name__ for family in families)
         raise ConfigError(
             f"weighting._target_: not a weighting strategy (found {node['_target_']}, expected a "

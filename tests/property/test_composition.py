@@ -12,11 +12,11 @@ import yaml
 
 from mtl_cli.errors import ConfigError
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting, LossWeighting
-from mtl_cli.weighting.laws import matrix, some_losses, take_step
 from mtl_cli.weighting.torchjd import from_torchjd
 from mtl_cli.weighting.transform import transform
+from mtl_cli.weighting.zoo import matrix, some_losses, take_step
 from tests.golden.reference import objectives
-from tests.property.zoo import FILES, NAMES, OURS, build, kind, settings, target
+from tests.property.built import FILES, NAMES, OURS, build, kind, settings, target
 
 INJECTED = {"objectives", "seed"}
 

@@ -9,17 +9,9 @@ from torch import Tensor
 
 from mtl_cli.weighting import solvers
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting
-from mtl_cli.weighting.laws import (
-    CASES,
-    COUNTS,
-    REGULAR,
-    close,
-    judge,
-    matrix,
-    some_losses,
-    take_step,
-)
-from tests.property.zoo import NAMES, OURS, build, kind, maker, needs_torchjd
+from mtl_cli.weighting.laws import close, judge
+from mtl_cli.weighting.zoo import CASES, COUNTS, REGULAR, matrix, some_losses, take_step
+from tests.property.built import NAMES, OURS, build, kind, maker, needs_torchjd
 
 GRAMIAN = [n for n in OURS if issubclass(kind(n), GramianWeighting) and n != "gradnorm"]
 PLAIN = [n for n in GRAMIAN if n != "excess_mtl"]  # rotate with the rows

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_cli.weighting.laws import judge, matrix, run, some_losses, take_step
-from tests.property.zoo import OURS, build, maker
+from mtl_cli.weighting.laws import judge
+from mtl_cli.weighting.zoo import matrix, run, some_losses, take_step
+from tests.property.built import OURS, build, maker
 
 RANDOM = ["rlw", "pcgrad", "gradvac", "graddrop"]
 

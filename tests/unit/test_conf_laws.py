@@ -168,7 +168,7 @@ def test_a_shipped_strategy_by_name(capsys):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (conf_dir() / "weighting").glob("*.yaml")))
 def test_every_shipped_strategy_keeps_its_required_laws(name):
-    from tests.property.zoo import maker, needs_torchjd
+    from tests.property.built import maker, needs_torchjd
 
     if needs_torchjd(name):
         pytest.skip("torchjd is an extra")
@@ -188,7 +188,7 @@ def test_every_shipped_strategy_keeps_its_required_laws(name):
     ],
 )
 def test_facts(fact, keep, do_not):
-    from tests.property.zoo import maker
+    from tests.property.built import maker
 
     found = {name: laws.judge(fact, maker(name)) for name in (*keep, *do_not)}
     assert {name: f.ok for name, f in found.items()} == {

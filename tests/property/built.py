@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from mtl_cli.weighting.base import GramianWeighting, Weighting
-from mtl_cli.weighting.laws import Build, objectives
+from mtl_cli.weighting.zoo import Build, objectives
 
 FILES = sorted((Path(__file__).parents[2] / "conf" / "weighting").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
