@@ -50,6 +50,17 @@ def make(node: Mapping[str, Any], where: str, **injected: Any) -> Any:
         SafetyError: the target is not allowed at this place.
         ConfigError: it does not exist, or its arguments do not fit.
     """
+    factory = factory_of(node, where)
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        inspect.signature(factory).bind(**arguments, **injected)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {node['_target_']} {error}") from error
+    return factory(**arguments, **injected)
+
+
+def factory_of(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """The class or function that a config node names; see :func:`make`."""
     target = node.get("_target_")
     if reason := allow.refuse(where, target):
         raise SafetyError(reason)
@@ -58,12 +69,7 @@ def make(node: Mapping[str, Any], where: str, **injected: Any) -> Any:
         factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}._target_: cannot import {target} ({error})") from error
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
-    try:
-        inspect.signature(factory).bind(**arguments, **injected)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {target} {error}") from error
-    return factory(**arguments, **injected)
+    return factory
 
 
 def open_data(config: Config, device: torch.device, statistics: Any = None) -> DataSet:
@@ -125,14 +131,26 @@ def build_objectives(losses: ByTask[Loss], tasks: Sequence[Task]) -> tuple[Objec
     )
 
 
-def refuse_combination(schedule: Schedule, weighting: Weighting) -> None:
+def check_combination(config: Config) -> None:
+    """Refuse what has no meaning together, as far as the classes tell, before anything is made.
+
+    Raises:
+        ConfigError: see :func:`refuse_combination`.
+    """
+    schedule = make(config["schedule"], "schedule")
+    kind = factory_of(config["weighting"], "weighting")
+    if isinstance(kind, type) and issubclass(kind, Weighting):
+        refuse_combination(schedule, kind)
+
+
+def refuse_combination(schedule: Schedule, weighting: Weighting | type[Weighting]) -> None:
     """Refuse before training what has no meaning together.
 
     Raises:
         ConfigError: with the reason.
     """
-    name = type(weighting).__name__
-    needs_rows = isinstance(weighting, (GramianWeighting, GradientWeighting))
+    kind = weighting if isinstance(weighting, type) else type(weighting)
+    name, needs_rows = kind.__name__, issubclass(kind, (GramianWeighting, GradientWeighting))
     if schedule.per_step and (weighting.couples or needs_rows):
         raise ConfigError(
             f"weighting: {name} weighs tasks against each other and needs all of them in one step, "

@@ -68,6 +68,7 @@ def run_job(
             where = device.resolve(config["device"])
             dist.setup(where)
             set_determinism(config, where)
+            build.check_combination(config)
             if dry_run:
                 return show_plan(config, where)
             directory = open_directory(config, run_dir)

@@ -83,11 +83,11 @@ def signal_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """A SIGTERM in the middle of a step."""
     original, taken = train.train_step, [0]
 
-    def counted(*args):
+    def counted(*args, **options):
         taken[0] += 1
         if taken[0] == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **options)
 
     patch.setattr(train, "train_step", counted)
 
@@ -301,10 +301,10 @@ def test_a_full_disk(fails, tmp_path, monkeypatch):
 def test_a_killed_worker(fails, monkeypatch):
     original = train.train_step
 
-    def kill_one(*args):
+    def kill_one(*args, **options):
         (worker, *_) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGKILL)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(train, "train_step", kill_one)
     options = ("data.workers=2", "data.cache=off", "data.batch_size=4", "epochs=9", "run_name=it")

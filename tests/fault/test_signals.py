@@ -81,12 +81,12 @@ def start(place: Path, name: str, *overrides: str, hold: bool = False) -> int:
     if hold:  # a step that takes its time: the second signal arrives inside it
         original = train.train_step
 
-        def slow(*args):
+        def slow(*args, **options):
             if newest(place / "synthetic" / name) >= 4:
                 (place / f"{name}.inside").touch()
                 for _ in range(100):
                     time.sleep(0.1)
-            return original(*args)
+            return original(*args, **options)
 
         train.train_step = slow
     typed = [*OPTIONS, *overrides]

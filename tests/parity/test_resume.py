@@ -45,9 +45,9 @@ def interrupted_run(run_dir, overrides, stops, monkeypatch, more=()):
     taken = 0
     original = train.train_step
 
-    def counted(*args):
+    def counted(*args, **options):
         nonlocal taken
-        reports = original(*args)
+        reports = original(*args, **options)
         taken += 1
         if taken in stops:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mtl_cli.cli import main
 from mtl_cli.errors import ConfigError
 from mtl_cli.params import set_train_mode, set_trainable
 from mtl_cli.train import train_step
@@ -77,6 +78,13 @@ def test_per_step_takes_turns():
 def test_per_step_refuses_what_needs_all_tasks(strategy):
     with pytest.raises(ConfigError, match="needs all of them in one step"):
         support.make_work("schedule=alternate", f"weighting={strategy}")
+
+
+def test_what_is_refused_makes_no_run(tmp_path, capsys):
+    words = ["schedule=alternate", "weighting=pcgrad", *support.SMALL, f"output_dir={tmp_path}"]
+    assert main(["train", *words]) == ConfigError.exit_code
+    assert "needs all of them in one step" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("strategy", ["gradnorm", "pcgrad", "graddrop"])
