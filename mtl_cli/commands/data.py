@@ -185,6 +185,9 @@ def _inspect_table(words: list[str], say: Say, options: dict[str, str]) -> int:
     given = _pairs(words)
     if "table" not in given:
         raise ConfigError("mtl data inspect csv: data.table=FILE.csv is missing")
+    target = Path(options.get("write", f"{Path(given['table']).stem}.yaml"))
+    if "write" in options and target.exists() and "force" not in options:
+        raise ConfigError(f"{target}: exists already; choose another name or add --force")
     found = inspect.inspect(
         given["table"],
         given.get("root"),
@@ -193,15 +196,15 @@ def _inspect_table(words: list[str], say: Say, options: dict[str, str]) -> int:
     )
     for line in inspect.lines(found, console.table):
         say(line)
-    target = Path(options.get("write", f"{Path(given['table']).stem}.yaml"))
     text = inspect.to_yaml(found, target.stem)
     say("")
     if "write" not in options:
         say("to make it a task, add: --write " + target.name)
         return OK
-    if target.exists() and "force" not in options:
-        raise ConfigError(f"{target}: exists already; choose another name or add --force")
-    target.write_text(text, encoding="utf-8")
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--write: cannot write {target} ({error.strerror})") from error
     place = target if target.is_absolute() or target.parts[0] == ".." else f"./{target}"
     say(f"{target} written; look it over, then: mtl train task={place}")
     return OK
