@@ -254,16 +254,22 @@ def _newton(h: Array, target: Array, alpha: float) -> tuple[Array, bool]:
         previous, residual = residual, float(np.abs(gradient / force).max())
         if residual < 1e-13 or (residual < 1e-3 and residual > 0.5 * previous):
             return v, True  # converged, or down to the rounding of nearly opposed rows
+        hessian = h.copy()
+        hessian.flat[:: len(v) + 1] += force / (alpha * v)
         try:
-            step = -np.linalg.solve(h + np.diag(force / (alpha * v)), gradient)
+            step = -np.linalg.solve(hessian, gradient)
         except np.linalg.LinAlgError:
             break
         # v (1 + r) with |r| < 1/4 is close to the minimum; else the damping of self-concordant
         # functions, whose third derivative (1 + 1/alpha) / v is that of 2 / v at alpha = 1
-        relative = float(np.abs(step / v).max()) * max(1.0, (1 + 1 / alpha) / 2)
+        ratio = step / v
+        relative = float(np.abs(ratio).max()) * max(1.0, (1 + 1 / alpha) / 2)
+        if relative < 0.25:
+            v = v + step
+            continue
         decrement = math.sqrt(max(-float(gradient @ step), 0.0))
-        damping = 1.0 if relative < 0.25 else max(1 / (1 + relative), 1 / (1 + decrement))
-        shrink = float((step / v).min())
+        damping = max(1 / (1 + relative), 1 / (1 + decrement))
+        shrink = float(ratio.min())
         following: Array = v + min(damping, 0.9 / -shrink if shrink < 0 else 1.0) * step
         if not following.max() < bound:
             break
