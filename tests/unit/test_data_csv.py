@@ -304,7 +304,7 @@ def test_inspect_never_overwrites_and_explains_itself(tmp_path):
         command.run(["inspect", "csv"], None, print, {})
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no column names files in .*column 'file' says p00\.jpg"):
-        _inspect(tmp_path, f"data.root={tmp_path / 'empty'}")
+        _inspect(tmp_path, f"data.root={tmp_path / 'empty'}", write="")
 
 
 def test_names_that_yaml_would_misread_are_quoted():
