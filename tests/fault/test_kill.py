@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mtl_cli import checkpoint
 from tests import support
 
@@ -29,9 +31,10 @@ def content(run_dir):
     return support.digest(kept), (run_dir / "metrics.jsonl").read_text()
 
 
-def test_killed_run_equals_the_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_run_equals_the_undisturbed_one(kills, tmp_path):
     undisturbed = serve(tmp_path / "a", 0)
-    killed = serve(tmp_path / "b", 8)
+    killed = serve(tmp_path / "b", kills)
     assert undisturbed["code"] == killed["code"] == 0
     starts = killed["starts"]
     assert starts[0] == 0

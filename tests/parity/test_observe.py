@@ -74,7 +74,7 @@ def test_the_gramian_is_that_of_its_scope(overrides, wrt, accumulate):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_heads_learn_while_the_backbone_rests(strategy, accumulate):
     """Every strategy serves a stage whose backbone is frozen (linear probe, later unfreezing)."""
     work = support.make_work(

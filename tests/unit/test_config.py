@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -52,6 +53,14 @@ def config(*argv: str):
 
 def problems(*argv: str) -> list[str]:
     return config(*argv)[1]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """A config without a problem."""
+    cfg, found = config()
+    assert not found
+    return cfg
 
 
 @pytest.fixture
@@ -202,15 +211,22 @@ def test_yaml_syntax_names_line_and_column(user):
     ],
 )
 @pytest.mark.parametrize("node", ["heads.size", "optimizer", "weighting", "ema", "task", "data"])
-def test_hostile_target_is_refused_before_import(target, node):
+def test_hostile_target_is_refused_before_import(target, node, sound):
     before = set(sys.modules)
-    found = problems(f"++{node}._target_={target}")
+    cfg = copy.deepcopy(sound)
+    OmegaConf.update(cfg, f"{node}._target_", target, force_add=True)
+    found = check(cfg)
     assert found
     assert "evil" not in set(sys.modules) - before
     with pytest.raises((SafetyError, ConfigError)) as caught:
         raise_all(found)
     if not target.startswith("mtl_cli."):
         assert caught.value.exit_code == 9
+
+
+def test_hostile_target_from_the_command_line():
+    with pytest.raises(SafetyError):
+        raise_all(problems("++weighting._target_=os.system"))
 
 
 def test_target_hidden_below_a_component_is_refused():
