@@ -239,7 +239,8 @@ class BackwardEngine:
         if len(self.factors) > 1:
             return PartsRoute(self)
         several = self.micro_batches > 1
-        if self.turn.split or (isinstance(strategy, GradientWeighting) and self.shared):
+        keeps_rows = isinstance(strategy, GradientWeighting) or "rows" in strategy.needs
+        if self.turn.split or (keeps_rows and self.shared):
             return RowsRoute(self)
         if self.weights is None and several:
             return RowsRoute(self)  # weights come after the last micro-batch

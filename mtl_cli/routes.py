@@ -377,8 +377,10 @@ class RowsRoute:
             torch._foreach_mul_(row, slope)
         used = strategy.observe_rows(rows, engine.present, values, engine.step)
         gramian = gramian_of(used)
-        found = strategy.row_weights(gramian, values, engine.present, engine.step)
-        engine.weights = strategy.rescale(found)
+        engine.weights = engine.declared
+        if engine.weights is None:
+            found = strategy.row_weights(gramian, values, engine.present, engine.step)
+            engine.weights = strategy.rescale(found)
         return self._report(combine(used, engine.weights), gramian)
 
     def _columnwise(self) -> StepReport:

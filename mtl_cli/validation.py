@@ -108,6 +108,7 @@ def probe_validation(work: Work, micro: Sequence[Batch | None], step: int) -> No
         move(direction, -PROBE / norm)
         behind = probe.losses(training, counts[0])[present]
         if bool(torch.isfinite(ahead + behind).all()):
+            ahead, behind = (strategy.transformed(x, present)[0] for x in (ahead, behind))
             strategy.observe_validation(present, ahead, behind, PROBE / norm, rate)
     with torch.no_grad():
         torch._foreach_copy_(probe.parameters, start)

@@ -69,6 +69,7 @@ class Weighting(nn.Module):
         recompute: wants the losses after the step, on the same batch, through :meth:`look_ahead`.
         needs: what else the engine must supply, or refuse: ``rows`` (see :meth:`observe_rows`),
             ``batches`` (three independent batches per step), ``validation``, ``metrics``.
+        positive_losses: means something for losses > 0 only, so ``transform=log`` is refused.
 
     State:
         fallbacks: int64 scalar, number of times a degenerate input met a documented fallback.
@@ -77,6 +78,7 @@ class Weighting(nn.Module):
     couples: bool = True
     recompute: bool = False
     needs: tuple[str, ...] = ()
+    positive_losses: bool = False
 
     def __init__(
         self,
@@ -92,6 +94,11 @@ class Weighting(nn.Module):
         self.seed = seed
         self.heads = choose("heads", heads, ("own", "weighted"))
         self.transform = choose("transform", transform, TRANSFORMS)
+        if transform == "log" and self.positive_losses:
+            raise ConfigError(
+                f"weighting.transform: {type(self).__name__} needs losses > 0, and log gives others "
+                "(found log, expected identity or initial)"
+            )
         self.reduction = choose("reduction", reduction, ("paper", "sum", "mean"))
         self.rank: Tensor
         self.fallbacks: Tensor
@@ -259,9 +266,15 @@ class GramianWeighting(Weighting):
     Class attributes:
         observe: :meth:`weights` is known beforehand, yet :meth:`update` wants the Gramian each
             step (GradNorm).
+        takes_zero_rows: the method is defined where a gradient vanishes; the row stays in the
+            problem and counts among the K of a mean.
+
+    Raises:
+        ConfigError: a strategy that keeps rows (``needs``) is given another scope than ``shared``.
     """
 
     observe: bool = False
+    takes_zero_rows: bool = False
 
     def __init__(
         self,
@@ -278,7 +291,10 @@ class GramianWeighting(Weighting):
             objectives, seed=seed, heads=heads, transform=transform, reduction=reduction
         )
         self.lr_mult = 1.0
-        self.wrt = choose("wrt", wrt, ("shared", "last_shared", "features"))
+        scopes = ("shared", "last_shared", "features")
+        self.wrt = choose(
+            "wrt", wrt, scopes[:1] if {"rows", "batches"} & set(self.needs) else scopes
+        )
         self.update_every = update_every
         self.last_weights: Tensor
         self.register_buffer("last_weights", self.per_objective(float("nan")))
@@ -308,9 +324,10 @@ class GramianWeighting(Weighting):
     def row_weights(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """Solve without rows that carry no direction, remember the weights; the engine's way in.
 
-        A single row gets weight 1. Dropped rows (shorter than 1e-13 of the longest) get the mean
-        weight of the others, which only their heads can feel. A result that is not finite is
-        replaced by the weights of the plain mean and counted.
+        A single row gets weight 1. Rows shorter than 1e-13 of the longest count as zero; they are
+        dropped, unless the method takes them, and get the mean weight of the others, which only
+        their heads can feel. A result that is not finite is replaced by the weights of the plain
+        mean and counted.
 
         Args:
             gramian: [K, K] float64, finite.
@@ -323,6 +340,9 @@ class GramianWeighting(Weighting):
         """
         diagonal = gramian.numpy().diagonal()
         alive = diagonal > DEAD_ROW**2 * diagonal.max()
+        if self.takes_zero_rows and alive.any() and not alive.all():
+            gramian = gramian * torch.from_numpy(np.outer(alive, alive))
+            alive[:] = True
         count = int(alive.sum())
         if count == len(alive) > 1:
             weights = self._found(gramian, losses, present, step)

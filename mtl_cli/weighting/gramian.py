@@ -65,6 +65,8 @@ class PCGrad(GramianWeighting):
         gramian [K, K] -> weights [K]; without any conflict all 1.
     """
 
+    takes_zero_rows = True
+
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """Column sums of the coefficients of the projected gradients."""
         order = random_order(self, present, step)
@@ -130,6 +132,8 @@ class CAGrad(GramianWeighting):
         gramian [K, K] -> weights [K] = 1/K + (c |g0| / |g_w|) w, > 0.
     """
 
+    takes_zero_rows = True
+
     def __init__(
         self, objectives: Sequence[Objective], *, c: float = 0.5, rescale: int = 1, **common: Any
     ) -> None:
@@ -150,12 +154,13 @@ class IMTLG(GramianWeighting):
     Liu et al., ICLR 2021 (OpenReview IMPnRXEWpvr), eq. 6, by the pseudo-inverse of the Gramian of
     the unit rows, so that dependent rows do not explode. For K > 2 the common projection may be
     negative (the step then climbs on all objectives): the paper's form, unless ``descend``.
-    Falls back to the mean (counted) where the weights before normalisation cancel.
+    Falls back to the mean (counted) where no direction has equal projections (opposed rows).
 
     Args:
         objectives: injected.
         descend: flip the sign where the common projection is negative (counted).
-        heads: as in :class:`GramianWeighting`.
+        heads: as in :class:`GramianWeighting`; the authors weight the heads, which a negative
+            weight makes climb on their own loss.
         common: see :class:`GramianWeighting`.
 
     Shape:
@@ -167,7 +172,7 @@ class IMTLG(GramianWeighting):
         objectives: Sequence[Objective],
         *,
         descend: bool = False,
-        heads: str = "weighted",
+        heads: str = "own",
         **common: Any,
     ) -> None:
         super().__init__(objectives, heads=heads, **common)
@@ -176,9 +181,10 @@ class IMTLG(GramianWeighting):
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """V / sum v with v = U^+ 1 over the lengths of the rows."""
         c, _, inverse = solvers.unit_rows(gramian.numpy())
-        v = inverse * solvers.pseudo_inverse_ones(c)
+        x = solvers.pseudo_inverse_ones(c)
+        v = inverse * x
         total = v.sum()
-        if abs(total) <= 1e-10 * np.abs(v).sum():
+        if not solvers.has_common_projection(x) or abs(total) <= 1e-10 * np.abs(v).sum():
             return self.checked((np.full(len(v), 1 / len(v)), False))
         if total < 0 and self.descend:
             return self.checked((-v / total, False))
@@ -203,6 +209,8 @@ class IMTL(IMTLG):
         log_scale: [T] learned, s.
     """
 
+    positive_losses = True
+
     def __init__(
         self,
         objectives: Sequence[Objective],
@@ -216,11 +224,13 @@ class IMTL(IMTLG):
         self.lr_mult = lr_mult
         self.log_scale = nn.Parameter(self.per_objective(init))
 
-    def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
-        """IMTL-G on the rows times e^s."""
+    def row_weights(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """IMTL-G on the rows times e^s; a single row gets e^s."""
         scale = self.log_scale.detach()[present].exp()
         scaled = gramian * torch.outer(scale, scale)
-        return scale * super().solve(scaled, losses, present, step)
+        weights = scale * super().row_weights(scaled, losses, present, step)
+        self.last_weights[present] = weights
+        return weights
 
     def head_weights(self, weights: Tensor, present: Tensor) -> Tensor:
         """The scales e^s, or the weights, which contain them."""
@@ -251,11 +261,15 @@ class NashMTL(GramianWeighting):
     Args:
         objectives: injected.
         max_norm: the shared gradient is shortened to this length; 0 leaves it.
-        heads: as in :class:`GramianWeighting`; the authors weight the heads.
+        heads: as in :class:`GramianWeighting`; the authors weight the heads, by the solution
+            before the shared gradient is shortened.
         common: see :class:`GramianWeighting`.
 
     Shape:
         gramian [K, K] -> weights [K], > 0.
+
+    State:
+        shortening: factor on the weights of the last solve, <= 1.
     """
 
     def __init__(
@@ -268,6 +282,14 @@ class NashMTL(GramianWeighting):
     ) -> None:
         super().__init__(objectives, heads=heads, **common)
         self.max_norm = max_norm
+        self.shortening: Tensor
+        self.register_buffer("shortening", torch.ones((), dtype=torch.float64))
+
+    def head_weights(self, weights: Tensor, present: Tensor) -> Tensor:
+        """The solution itself, not shortened, or 1."""
+        return super().head_weights(weights, present) / (
+            self.shortening if self.heads == "weighted" else 1.0
+        )
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """The w > 0 with G w = 1 / w."""
@@ -280,9 +302,9 @@ class NashMTL(GramianWeighting):
         w = np.ones(len(g))
         w[alive], certain = solvers.balance(g[np.ix_(alive, alive)], alpha)
         length = float(np.sqrt(max(w @ g @ w, 0.0)))
-        if self.max_norm > 0 and length > self.max_norm:
-            w = w * (self.max_norm / length)
-        return self.checked((w, certain))
+        factor = self.max_norm / length if length > self.max_norm > 0 else 1.0
+        self.shortening.fill_(factor)
+        return self.checked((w * factor, certain))
 
 
 class FairGrad(NashMTL):
@@ -322,7 +344,8 @@ class AlignedMTL(GramianWeighting):
 
     Senushkin et al., CVPR 2023 (arXiv 2305.19000), algorithm 1: B = sqrt(scale) V S^(-1/2) V' of
     the Gramian's eigenvectors V and eigenvalues S, weights B p with p = 1/K. Eigenvalues below
-    ``tolerance`` of the largest are dropped; rows computed in float32 need about 1e-10.
+    ``tolerance`` of the largest are dropped: rounding rows to float32 gives dependent ones 1e-14,
+    computing them in float32 up to 1e-10.
 
     Args:
         objectives: injected.
@@ -334,12 +357,14 @@ class AlignedMTL(GramianWeighting):
         gramian [K, K] -> weights [K].
     """
 
+    takes_zero_rows = True
+
     def __init__(
         self,
         objectives: Sequence[Objective],
         *,
         scale_mode: str = "min",
-        tolerance: float = 1e-12,
+        tolerance: float = 1e-13,
         **common: Any,
     ) -> None:
         super().__init__(objectives, **common)
@@ -377,6 +402,7 @@ class UPGrad(GramianWeighting):
         gramian [K, K] -> weights [K], >= 1/K.
     """
 
+    takes_zero_rows = True
     project = staticmethod(solvers.project_rows)
 
     def __init__(
@@ -433,7 +459,7 @@ class ConFIG(GramianWeighting):
         x = solvers.pseudo_inverse_ones(c)
         projections = c @ x
         squared = float(x @ projections)
-        if squared <= 0:
+        if not solvers.has_common_projection(x):
             return self.checked((np.full(len(c), 1 / len(c)), False))
         return torch.from_numpy(inverse * x * float(length @ projections) / squared)
 
@@ -461,6 +487,7 @@ class GradNorm(GramianWeighting):
     """
 
     observe = True
+    positive_losses = True
 
     def __init__(
         self,
@@ -543,6 +570,7 @@ def vaccinate(
         own = np.sqrt(np.maximum((products * coefficients).sum(1), 0))
         divisor = own * length[j] + eps
         cosine = products[rows, j] / np.where(divisor > 0, divisor, np.inf)
+        cosine = np.minimum(np.maximum(cosine, -1), 1)  # what is left of opposed rows is rounding
         before = target[rows, j]
         wanted = np.minimum(before, 0.999)
         root = np.sqrt(1 - wanted**2)

@@ -15,6 +15,7 @@ from mtl_cli.task import Objective
 from mtl_cli.weighting.adam import ObjectiveAdam
 from mtl_cli.weighting.base import LossWeighting, choose
 from mtl_cli.weighting.loss_level import positive
+from mtl_cli.weighting.transform import SMALLEST
 
 
 class DWA(LossWeighting):
@@ -37,6 +38,7 @@ class DWA(LossWeighting):
         loss_sum, loss_count: [T] of the open window; last, previous: [T] means, NaN until known.
     """
 
+    positive_losses = True
     couples = False
 
     def __init__(
@@ -115,6 +117,7 @@ class FAMO(LossWeighting):
         logits: [T], xi; moments of Adam; before: [T] losses of the last step, NaN until seen.
     """
 
+    positive_losses = True
     affine = False
 
     def __init__(
@@ -168,7 +171,8 @@ class FAMO(LossWeighting):
         self.logits[present] += self.moments.step(present, grad)
 
     def _distance(self, losses: Tensor) -> Tensor:
-        return positive(losses - self.min_loss + 1e-8)
+        distance = losses - self.min_loss + SMALLEST
+        return torch.where(distance > 0, distance, SMALLEST)
 
 
 class CoVWeighting(LossWeighting):
@@ -190,6 +194,7 @@ class CoVWeighting(LossWeighting):
         steps, loss_mean, ratio_mean, ratio_variance: [T].
     """
 
+    positive_losses = True
     couples = False
 
     def __init__(
@@ -212,7 +217,7 @@ class CoVWeighting(LossWeighting):
         share = torch.full_like(variation, 1 / count)
         total = variation[ready].sum()
         if float(total) > 0:
-            share[ready] = variation[ready] / total * (ready.sum() / count)
+            share[ready] = variation[ready] / total * (int(ready.sum()) / count)
         return share[present]
 
     def update(
@@ -329,8 +334,8 @@ class AutoLambda(LossWeighting):
 
         Args:
             present: int64 [K].
-            ahead: [K] training losses at theta + epsilon d.
-            behind: [K] training losses at theta - epsilon d.
+            ahead: [K] training losses at theta + epsilon d, transformed.
+            behind: [K] training losses at theta - epsilon d, transformed.
             epsilon: length of the probe in units of d.
             lr: the model's learning rate in the virtual step.
         """

@@ -140,6 +140,7 @@ class Uncertainty(LossWeighting):
         log_variance: [T] learned, s.
     """
 
+    positive_losses = True
     couples = False
 
     def __init__(
@@ -194,6 +195,7 @@ class AutoWeighted(LossWeighting):
         scale: [T] learned, p.
     """
 
+    positive_losses = True
     couples = False
 
     def __init__(
@@ -237,6 +239,7 @@ class IMTLL(LossWeighting):
         log_scale: [T] learned, s.
     """
 
+    positive_losses = True
     couples = False
 
     def __init__(
@@ -272,6 +275,7 @@ class ScaleInvariant(LossWeighting):
     clamped at 1e-8. A factor on a loss changes nothing.
     """
 
+    positive_losses = True
     affine = False
     couples = False
 
@@ -287,6 +291,7 @@ class GLS(LossWeighting):
     product over- and underflows. A loss below 1e-8 counts as 1e-8 and gets no gradient.
     """
 
+    positive_losses = True
     affine = False
 
     def objective(self, losses: Tensor, present: Tensor) -> Tensor:
@@ -308,6 +313,7 @@ class UWSO(LossWeighting):
         weights [K], >= 0, sum 1.
     """
 
+    positive_losses = True
     affine = False
 
     def __init__(
@@ -341,6 +347,7 @@ class STCH(LossWeighting):
         nadir: [T], NaN until fixed; loss_sum, loss_count: [T], this epoch's; epoch.
     """
 
+    positive_losses = True
     affine = False
 
     def __init__(

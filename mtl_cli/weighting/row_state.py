@@ -246,7 +246,11 @@ def move_on_simplex(simplex: Tensor, present: Tensor, slope: Any) -> Tensor:
     """
     mass = float(simplex[present].sum())
     count = len(present)
-    w = simplex[present] / mass if mass > 0 else torch.full((count,), 1 / count).double()
+    w = (
+        simplex[present] / mass
+        if mass > 0
+        else torch.full((count,), 1 / count, dtype=torch.float64)
+    )
     moved = torch.from_numpy(solvers.project_simplex((w - slope(w)).numpy()))
     simplex[present] = moved * mass
     return moved

@@ -49,6 +49,14 @@ def pseudo_inverse_ones(c: Array) -> Array:
     return result
 
 
+def has_common_projection(x: Array) -> bool:
+    """Whether a direction projects equally on all unit rows, given x = C^+ 1.
+
+    1'C^+1 is at least 1 where the ones are in the range of C, and rounding where they are not.
+    """
+    return float(x.sum()) > 1e-6
+
+
 def complementarity(h: Array, q: Array) -> tuple[Array, bool]:
     """Solve x >= 0, Hx + q >= 0, x.(Hx + q) = 0, the optimum of 1/2 x.Hx + q.x over x >= 0.
 

@@ -13,28 +13,23 @@ from torch import Tensor
 
 from mtl_cli.task import Objective
 from mtl_cli.weighting import solvers
-from mtl_cli.weighting.base import GramianWeighting, choose
+from mtl_cli.weighting.base import GramianWeighting
 from mtl_cli.weighting.row_state import move_on_simplex
 
 
 class _ThreeBatches(GramianWeighting):
     """The Gramian is J1 J2' of two independent batches; the weights apply to a third, J3.
 
-    It is neither symmetric nor positive: rows are not dropped by its diagonal. Both are gradients
-    of all shared parameters.
+    It is neither symmetric nor positive: rows are not dropped by its diagonal.
 
     State:
         simplex: [T].
-
-    Raises:
-        ConfigError: ``wrt`` names another scope.
     """
 
     needs = ("batches",)
 
     def __init__(self, objectives: Sequence[Objective], **common: Any) -> None:
         super().__init__(objectives, **common)
-        choose("wrt", self.wrt, ("shared",))
         self.simplex: Tensor
         self.register_buffer("simplex", self.per_objective(1 / len(self.objectives)))
 

@@ -7,6 +7,7 @@ import torch
 
 from mtl_cli import passes
 from mtl_cli.data.base import normalise
+from mtl_cli.errors import ConfigError
 from mtl_cli.passes import label_counts
 from mtl_cli.rows import gramian_of
 from mtl_cli.train import train_step
@@ -68,8 +69,10 @@ def test_exact_rows(strategy, heads):
     grads = applied(work, before)
     torch.testing.assert_close(report.weights, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(flat(grads, "backbone."), expected @ rows, rtol=1e-8, atol=1e-10)
+    factors = work.weighting.head_weights(expected, present)
+    assert bool((factors == 1).all()) == (heads == "own")
     for k, task in enumerate(work.tasks):
-        factor = expected[k] if heads == "weighted" else 1.0
+        factor = factors[k]
         found = flat(grads, f"heads.{task.name}.")
         torch.testing.assert_close(found, head_rows[k] * factor, rtol=1e-8, atol=1e-10)
 
@@ -100,6 +103,23 @@ def test_gramian_of_each_scope(wrt):
     torch.testing.assert_close(report.gramian, gramian, rtol=1e-9, atol=1e-14)
     found = flat(applied(work, before), "backbone.")
     torch.testing.assert_close(found, report.weights @ rows, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["db_mtl", "moco"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_averaged_rows_move_and_are_used_in_every_step(strategy, every):
+    """Also where the weights are kept: the first step applies a share of the gradient."""
+    options = (f"weighting={strategy}", f"weighting.update_every={every}", "precision=fp64", *SGD)
+    work = support.make_work(*options)
+    for step, micro in enumerate(support.steps(work, 4)):
+        train_step(work, micro, step, 0)
+    assert work.weighting.steps.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("strategy", ["db_mtl", "moco", "excess_mtl", "modo", "sdmgrad"])
+def test_strategies_that_keep_rows_have_one_scope(strategy):
+    with pytest.raises(ConfigError, match=r"weighting\.wrt"):
+        support.make_work(f"weighting={strategy}", "weighting.wrt=features")
 
 
 def test_gramian_in_float32_is_accurate():

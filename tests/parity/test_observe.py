@@ -46,7 +46,7 @@ def test_a_measured_step_is_the_same_step(strategy):
     ("overrides", "wrt"),
     [
         (["weighting=equal"], "features"),
-        (["weighting=uncertainty", "weighting.transform=log"], "features"),
+        (["weighting=uncertainty", "weighting.transform=initial"], "features"),
         (["weighting=dwa"], "features"),
         (["weighting=graddrop"], "shared"),
         (["weighting=pcgrad"], "shared"),

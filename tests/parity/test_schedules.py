@@ -124,12 +124,6 @@ def test_a_probe_stage_takes_gradient_strategies():
     assert all(row.frozen for row in work.rows if row.name.startswith("backbone."))
 
 
-@pytest.mark.parametrize("strategy", ["modo", "sdmgrad"])
-def test_double_sampling_has_one_scope(strategy):
-    with pytest.raises(ConfigError, match=r"weighting\.wrt"):
-        support.make_work(f"weighting={strategy}", "weighting.wrt=features")
-
-
 def test_finetune_sets_the_ratio():
     work = support.make_work("schedule=finetune", "lr_mult.heads.size=2")
     factors = {row.name: row.lr_mult for row in work.rows}

@@ -76,7 +76,8 @@ def test_reduction_changes_the_length_only(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in OURS if issubclass(kind(n), GramianWeighting) and n != "gradnorm"]
+    "name",
+    [n for n in OURS if issubclass(kind(n), GramianWeighting) and not kind(n).positive_losses],
 )
 def test_log_transform_makes_the_scale_of_a_loss_irrelevant(name):
     rows, losses = matrix("random", 4), some_losses(4)
@@ -84,6 +85,12 @@ def test_log_transform_makes_the_scale_of_a_loss_irrelevant(name):
     expected, _ = take_step(build(name, 4, transform="log"), rows, losses)
     found, _ = take_step(build(name, 4, transform="log"), rows * factors[:, None], losses * factors)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # log(L + 1e-8)
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if kind(n).positive_losses])
+def test_log_transform_is_refused_where_losses_must_be_positive(name):
+    with pytest.raises(ConfigError, match="needs losses > 0"):
+        build(name, transform="log")
 
 
 def test_transforms():
