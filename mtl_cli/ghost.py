@@ -88,8 +88,8 @@ def _channel(layer: nn.Module) -> int:
 
 
 def _as_matrix(layer: nn.Module, x: Tensor) -> Tensor:
-    """The layer's inputs as [T,D], at least float32."""
-    x = x if x.dtype == torch.float64 else x.float()
+    """The layer's inputs as [T,D] float64: products in float32 would hide dependent gradients."""
+    x = x.double() if x.device.type != "mps" else x.float()
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
