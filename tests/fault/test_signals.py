@@ -350,8 +350,8 @@ def test_torchrun_restarts_to_the_same_digest(tmp_path):
         place = tmp_path / name
         place.mkdir()
         run = place / "synthetic" / "it"
-        with torchrun(place, "epochs=150", "weighting=pcgrad", restarts=2) as process:
-            for step in (40, 200) if name == "killed" else ():
+        with torchrun(place, "epochs=50", "weighting=pcgrad", restarts=2) as process:
+            for step in (20, 100) if name == "killed" else ():
                 wait_for(lambda step=step, run=run: newest(run) >= step, f"step {step}")
                 leader = status(run)["pid"]
                 (other,) = set(children(process.pid)) - {leader}
