@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ from mtl_cli.overrides import Command
 from mtl_cli.taskfile import unquote
 
 CONFIG, OVERRIDES, STATUS = "config.yaml", "overrides.txt", "status.json"
+SPEC = "multirun.yaml"  # of a sweep: its overrides and its jobs, in the directory above theirs
 # First match decides: free to change, refused, else allowed with a warning.
 FREE = (
     "resume", "init_from", "run_name", "output_dir", "epochs", "device", "display", "patience",
@@ -84,8 +86,30 @@ def load(composer: Composer, command: Command, value: str) -> Resumed:
     """
     if value == "auto":
         return _auto(composer, command)
-    run_dir = find(value)
-    return continue_run(composer, command, run_dir)
+    texts = _waiting(Path(value).expanduser())
+    if texts is not None:
+        return _start_job(composer, command, Path(value).expanduser().resolve(), texts)
+    return continue_run(composer, command, find(value))
+
+
+def _waiting(path: Path) -> list[str] | None:
+    """Overrides of a sweep's job that has no state to continue, None if the path is no such job."""
+    spec = path.resolve().parent / SPEC
+    if not spec.is_file() or any(path.glob("checkpoints/*.pt")):
+        return None
+    texts = (read_yaml(spec).get("jobs") or {}).get(path.resolve().name)
+    return None if texts is None else [str(text) for text in texts]
+
+
+def _start_job(composer: Composer, command: Command, run_dir: Path, texts: list[str]) -> Resumed:
+    """A job of a sweep, in the directory that the sweep has for it."""
+    from mtl_cli.launch import prepare
+
+    overrides = merge(texts, command.overrides)
+    cfg, problems = prepare(composer, dataclasses.replace(command, overrides=overrides))
+    raise_all(problems)
+    assert cfg is not None
+    return Resumed(cfg, run_dir, overrides, [f"starts {run_dir}"])
 
 
 def find(value: str) -> Path:
@@ -159,6 +183,13 @@ def _auto(composer: Composer, command: Command) -> Resumed:
 def digest(overrides: Sequence[str], length: int = 8) -> str:
     """Short name for a set of overrides, whatever their order."""
     return hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:length]
+
+
+def setting(tree: dict[str, Any], free: Sequence[str]) -> str:
+    """Text that is equal for equal configs; keys that match ``free`` do not count."""
+    flat = leaves(OmegaConf.create(tree))
+    kept = {key: value for key, value in flat.items() if not _matches(key, free)}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -23,75 +23,31 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mtl_cli import launch, resume
+from mtl_cli import grid, launch, resume
 from mtl_cli.compose import Composer
-from mtl_cli.config import raise_all, read_yaml
+from mtl_cli.config import read_yaml
 from mtl_cli.errors import (
     OK,
     STOPPED,
     UNEXPECTED,
     CheckpointError,
-    ConfigError,
     MtlError,
     SweepError,
 )
-from mtl_cli.overrides import Command, expand, swept_keys
+from mtl_cli.grid import Job
+from mtl_cli.overrides import Command, swept_keys
 
-SPEC = "multirun.yaml"
 INTERRUPTED = {STOPPED, 130, 143}
-
-
-@dataclass
-class Job:
-    """One point of the grid.
-
-    Args:
-        key: short name of what varies, also its directory.
-        overrides: of this job alone.
-        cfg: its checked config.
-        run_dir: where it runs.
-        state: waiting | skipped | finished | failed | interrupted.
-        exit_code: what the job returned.
-        reason: last line of its failure.
-        seconds: wall time in this process.
-    """
-
-    key: str
-    overrides: list[str]
-    cfg: DictConfig
-    run_dir: Path
-    state: str = "waiting"
-    exit_code: int = OK
-    reason: str = ""
-    seconds: float = 0.0
-
-    def row(self) -> dict[str, Any]:
-        """What the closing table shows."""
-        summary = _json(self.run_dir / "summary.json")
-        best = summary.get("best") or {}
-        return {
-            "job": self.key,
-            "state": self.state,
-            "exit_code": self.exit_code,
-            "reason": self.reason,
-            "run": str(self.run_dir),
-            "seconds": self.seconds,
-            "score": best.get("score"),
-            "metrics": best.get("metrics") or {},
-            "directions": summary.get("directions") or {},
-            "units": summary.get("units") or {},
-        }
 
 
 def is_sweep(value: str | None) -> bool:
     """Whether ``resume=value`` names a sweep's directory."""
-    return value is not None and (Path(value).expanduser() / SPEC).is_file()
+    return value is not None and (Path(value).expanduser() / resume.SPEC).is_file()
 
 
 def run(composer: Composer, command: Command, value: str | None) -> int:
@@ -106,61 +62,48 @@ def run(composer: Composer, command: Command, value: str | None) -> int:
         ConfigError: problems of any job, before the first starts.
         SafetyError: as above.
     """
-    directory = _directory(command, value)
+    directory, typed = _directory(value), command.overrides
     if directory is not None:
-        spec = read_yaml(directory / SPEC)
+        spec = read_yaml(directory / resume.SPEC)
         saved = [str(text) for text in spec.get("overrides") or []]
-        command = dataclasses.replace(command, overrides=resume.merge(saved, command.overrides))
+        command = dataclasses.replace(command, overrides=resume.merge(saved, typed))
     if any(text.startswith(("hydra/launcher=", "hydra/sweeper=")) for text in command.overrides):
         from mtl_cli.plugins import through_hydra
 
         return through_hydra(command)
-    jobs = plan(composer, command, directory)
+    jobs = grid.plan(composer, command)
+    place = grid.place([job.cfg for job in jobs])
+    if value == "auto" and not command.list_jobs:
+        directory = grid.newest(place, command)
+    swept = swept_keys(composer, command.overrides)
+    root = directory or grid.new_directory(place)
+    grid.settle(jobs, root, swept)
     if command.list_jobs:
-        sys.stdout.write("".join(f"{line}\n" for line in shell_lines(command, jobs)))
+        lines = grid.shell_lines(command, jobs)
+        if directory is not None:
+            added = [text for text in typed if text.partition("=")[0] not in swept]
+            lines = _continuing_lines(command, jobs, added)
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         return OK
     if command.dry_run:
         sys.stderr.write(f"mtl: {len(jobs)} jobs are in order; the first one:\n")
         return launch.run_one(command, jobs[0].cfg, None, jobs[0].overrides)
-    root = jobs[0].run_dir.parent
     _write_spec(root, command, jobs)
     return _run_all(command, jobs, root)
 
 
-def plan(composer: Composer, command: Command, directory: Path | None) -> list[Job]:
-    """Compose and check every job of the grid.
+def _continuing_lines(command: Command, jobs: Sequence[Job], added: Sequence[str]) -> list[str]:
+    """One shell line per job of an existing sweep that is not finished; starts or continues it.
 
-    Raises:
-        ConfigError: every problem of every job, each once.
+    ``added`` was typed now: the saved runs do not have it yet. A line only names its job, so the
+    sweep's file must know it.
     """
-    grid = expand(composer, command.overrides)
-    keys = _keys(grid, swept_keys(composer, command.overrides))
-    jobs: list[Job] = []
-    problems: list[str] = []
-    for key, overrides in zip(keys, grid, strict=True):
-        single = dataclasses.replace(command, overrides=overrides, multirun=False)
-        cfg, found = launch.prepare(composer, single)
-        problems += [text for text in found if text not in problems]
-        if cfg is not None:
-            jobs.append(Job(key, overrides, cfg, Path()))
-    raise_all(problems)
-    root = directory or _new_directory([job.cfg for job in jobs])
-    for job in jobs:
-        job.run_dir = root / job.key
-    return jobs
-
-
-def shell_lines(command: Command, jobs: Sequence[Job]) -> list[str]:
-    """One complete shell line per job: same line, same run, so a scheduler may repeat it."""
-    flags = [
-        part for d in command.config_dirs for part in ("--config-dir", str(Path(d).absolute()))
-    ]
-    flags += [part for package in command.allow_code for part in ("--allow-code", package)]
-    lines = []
-    for job in jobs:
-        name = f"run_name={job.key}-{resume.digest(job.overrides, 4)}"
-        lines.append(shlex.join(["mtl", "train", *flags, *job.overrides, name, "resume=auto"]))
-    return lines
+    _write_spec(jobs[0].run_dir.parent, command, jobs)
+    left = [job for job in jobs if not _finished(job)]
+    if len(left) < len(jobs):
+        sys.stderr.write(f"mtl: {len(jobs) - len(left)} of {len(jobs)} jobs finished earlier\n")
+    words = ["mtl", "train", *grid.flags(command)]
+    return [shlex.join([*words, f"resume={job.run_dir}", *added]) for job in left]
 
 
 def _run_all(command: Command, jobs: list[Job], root: Path) -> int:
@@ -235,9 +178,7 @@ def _continued(job: Job) -> DictConfig | None:
     if status.get("state") == "failed":
         _clear(job.run_dir)
         return job.cfg
-    changes = [
-        c for c in resume.difference(read_yaml(config), resume.plain(job.cfg)) if c[0] != "resume"
-    ]
+    changes = _changes(job)
     if status.get("state") == "finished" and not changes:
         return None
     for note in resume.judge(changes, job.run_dir):
@@ -247,6 +188,19 @@ def _continued(job: Job) -> DictConfig | None:
         cfg.resume = str(job.run_dir)
         return cfg
     return job.cfg
+
+
+def _changes(job: Job) -> list[tuple[str, Any, Any]]:
+    """(key, saved, asked now) of everything that differs from the run in the job's directory."""
+    saved = read_yaml(job.run_dir / resume.CONFIG)
+    return [c for c in resume.difference(saved, resume.plain(job.cfg)) if c[0] != "resume"]
+
+
+def _finished(job: Job) -> bool:
+    """Whether there is nothing left to do."""
+    status = _json(job.run_dir / resume.STATUS)
+    known = (job.run_dir / resume.CONFIG).is_file()
+    return known and status.get("state") == "finished" and not _changes(job)
 
 
 def _clear(directory: Path) -> None:
@@ -310,61 +264,15 @@ def _isolated() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _directory(command: Command, value: str | None) -> Path | None:
-    """Directory of the sweep to continue."""
-    if value is None:
+def _directory(value: str | None) -> Path | None:
+    """Directory of the sweep that ``resume=value`` names, None if it names none."""
+    if value is None or value == "auto":
         return None
-    if is_sweep(value):
-        return Path(value).expanduser().resolve()
-    if value != "auto":
-        raise CheckpointError(f"resume={value}: not a sweep (no {SPEC} in it); ls multirun/*/")
-    found = [
-        path
-        for path in Path("multirun").glob(f"*/*/{SPEC}")
-        if read_yaml(path).get("overrides") == command.overrides
-    ]
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.parent.resolve() if newest and not command.list_jobs else None
-
-
-def _new_directory(cfgs: Sequence[DictConfig]) -> Path:
-    tasks = {str(cfg.task.name) for cfg in cfgs}
-    outputs = {str(cfg.output_dir) for cfg in cfgs}
-    if len(outputs) > 1:
-        raise ConfigError("output_dir: cannot be swept over; a sweep has one directory")
-    root = outputs.pop()
-    place = Path("multirun" if root == "outputs" else root).expanduser()
-    letters = "".join(random.SystemRandom().choices("abcdefghijkmnpqrstuvwxyz23456789", k=3))
-    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{letters}"
-    return (place / (tasks.pop() if len(tasks) == 1 else "several") / stamp).resolve()
-
-
-def _keys(grid: Sequence[Sequence[str]], swept: Sequence[str]) -> list[str]:
-    """Short names of what varies, safe in paths and in Hydra's grammar: weighting-equal_seed-1."""
-    short = [_last(key) for key in swept]
-    names = {k: _last(k) if short.count(_last(k)) == 1 else k.split("@")[-1] for k in swept}
-    keys = []
-    for overrides in grid:
-        values = dict(text.partition("=")[::2] for text in overrides)
-        parts = [f"{names[key]}-{_safe(values[key])}" for key in names]
-        key = _safe("_".join(parts)) or "job"
-        if len(key) > 100:
-            key = f"{key[:90]}-{resume.digest(overrides)}"
-        keys.append(key)
-    twice = {key for key in keys if keys.count(key) > 1}
-    return [
-        f"{key}-{resume.digest(overrides)}" if key in twice else key
-        for key, overrides in zip(keys, grid, strict=True)
-    ]
-
-
-def _last(key: str) -> str:
-    return key.lstrip("+~").rpartition("@")[2].rpartition(".")[2]
-
-
-def _safe(value: str) -> str:
-    text = Path(value).stem if value.endswith((".yaml", ".yml")) else value
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    if not is_sweep(value):
+        raise CheckpointError(
+            f"resume={value}: not a sweep (no {resume.SPEC} in it); ls multirun/*/"
+        )
+    return Path(value).expanduser().resolve()
 
 
 def _write_spec(root: Path, command: Command, jobs: Sequence[Job]) -> None:
@@ -382,13 +290,31 @@ def _write_spec(root: Path, command: Command, jobs: Sequence[Job]) -> None:
         "grid": {key: values for key, values in swept.items() if len(values) > 1},
         "jobs": {job.key: job.overrides for job in jobs},
     }
-    temporary = root / f"{SPEC}.tmp.{os.getpid()}"
+    temporary = root / f"{resume.SPEC}.tmp.{os.getpid()}"
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(spec)), encoding="utf-8")
-    temporary.replace(root / SPEC)
+    temporary.replace(root / resume.SPEC)
+
+
+def _row(job: Job) -> dict[str, Any]:
+    """What the closing table shows."""
+    summary = _json(job.run_dir / "summary.json")
+    best = summary.get("best") or {}
+    return {
+        "job": job.key,
+        "state": job.state,
+        "exit_code": job.exit_code,
+        "reason": job.reason,
+        "run": str(job.run_dir),
+        "seconds": job.seconds,
+        "score": best.get("score"),
+        "metrics": best.get("metrics") or {},
+        "directions": summary.get("directions") or {},
+        "units": summary.get("units") or {},
+    }
 
 
 def _print_table(jobs: Sequence[Job], root: Path) -> None:
-    rows = [job.row() for job in jobs]
+    rows = [_row(job) for job in jobs]
     try:
         from mtl_cli.console import sweep_table
     except ImportError:

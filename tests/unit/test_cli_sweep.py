@@ -166,6 +166,34 @@ def test_a_larger_grid_in_the_same_directory(job, root):
     assert job.started == [("seed-3", None, 3)]
 
 
+def test_a_new_axis_does_not_repeat_what_is_done(job, root):
+    """The jobs get longer names, but a job that is there keeps its directory."""
+    main(["train", "-m", "optimizer.lr=0.001,0.01"])
+    job.started.clear()
+    assert main(["train", f"resume={root()}", "seed=0,1"]) == 0
+    assert job.started == [("lr-0.001_seed-1", None, 1), ("lr-0.01_seed-1", None, 1)]
+    spec = OmegaConf.load(root() / "multirun.yaml")
+    assert set(spec.jobs) == {"lr-0.001", "lr-0.01", "lr-0.001_seed-1", "lr-0.01_seed-1"}
+    assert spec.jobs["lr-0.001"] == ["optimizer.lr=0.001", "seed=0"]
+    job.started.clear()
+    assert main(["train", f"resume={root()}"]) == 0
+    assert job.started == []
+
+
+def test_a_new_axis_and_more_epochs_continue_what_is_done(job, root):
+    main(["train", "-m", "optimizer.lr=0.001,0.01"])
+    job.started.clear()
+    assert main(["train", f"resume={root()}", "epochs=20", "seed=0,1"]) == 0
+    assert [name for name, *_ in job.started] == [
+        "lr-0.001", "lr-0.001_seed-1", "lr-0.01", "lr-0.01_seed-1",
+    ]  # fmt: skip
+    assert job.started[0][1] == str(root() / "lr-0.001")
+    job.started.clear()
+    assert main(["train", f"resume={root()}", "epochs=20,30"]) == 0
+    assert len({name for name, *_ in job.started}) == len(job.started) == 4, "none twice"
+    assert all(resumed is None for _, resumed, _ in job.started), "20 epochs are done"
+
+
 def test_a_job_whose_state_does_not_fit_is_reported_and_kept(job, root, capsys):
     main(["train", "-m", "seed=1,2"])
     assert main(["train", f"resume={root()}", "backbone.width=8"]) == 7
@@ -180,6 +208,16 @@ def test_resume_auto_finds_the_sweep_of_the_same_line(job, root, tmp_path):
     assert main(line) == 0
     assert len(list(tmp_path.glob("multirun/*/*"))) == 1
     assert job.started[-1][0] == "seed-2"
+
+
+def test_resume_auto_looks_below_output_dir(job, tmp_path):
+    job.ends = {2: 75}
+    line = ["train", "-m", "seed=1,2", "output_dir=elsewhere", "resume=auto"]
+    assert main(line) == 75
+    assert main(line) == 0
+    assert [path.parent.name for path in tmp_path.glob("elsewhere/*/*/")] == ["synthetic"]
+    assert job.started[-1] == ("seed-2", job.started[-1][1], 2)
+    assert job.started[-1][1] is not None
 
 
 def test_jobs_do_not_inherit_state(job):
@@ -205,6 +243,32 @@ def test_list_prints_lines_that_can_be_typed(job, capsys, tmp_path):
         assert main(words[1:]) == 0
         assert job.started[-1][1] is not None, "the same line continues its run"
     assert len(runs) == 4
+
+
+def test_list_of_a_sweep_continues_its_jobs(job, root, capsys):
+    job.ends = {2: 75}
+    assert main(["train", "-m", "seed=1,2,3"]) == 75
+    place = root()
+    job.started.clear()
+    capsys.readouterr()
+    assert main(["train", f"resume={place}", "seed=1,2,3,4", "epochs=20", "--list"]) == 0
+    text = capsys.readouterr()
+    assert job.started == []
+    assert text.out.splitlines() == [
+        f"mtl train resume={place}/seed-{seed} epochs=20" for seed in (1, 2, 3, 4)
+    ]
+    assert main(["train", f"resume={place}", "epochs=10", "--list"]) == 0
+    text = capsys.readouterr()
+    assert [line.rpartition("/")[2] for line in text.out.splitlines()] == [
+        f"seed-{seed} epochs=10" for seed in (2, 3, 4)
+    ]
+    assert "1 of 4 jobs finished earlier" in text.err
+    for line in text.out.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert job.started == [
+        ("seed-2", str(place / "seed-2"), 2), ("seed-3", None, 3), ("seed-4", None, 4),
+    ]  # fmt: skip
+    assert main(["train", f"resume={place}/seed-5"]) == 6
 
 
 def test_dry_run_of_a_sweep_checks_all_and_shows_the_first(job, tmp_path):

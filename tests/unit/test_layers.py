@@ -18,14 +18,14 @@ LAYERS = {
     3: "model backward ghost routes schedule.*",
     4: "checkpoint evaluate parts passes predictions record run validation work",
     5: "train",
-    6: "allow build comparison compose config job launch normalise outputs overrides plugins predict "
+    6: "allow build comparison compose config grid job launch normalise outputs overrides plugins predict "
     "resume schema signature sweep taskfile usage",
     7: "cli commands.* __main__",
 }
 LAYER = {name: number for number, names in LAYERS.items() for name in names.split()}
 # What reads the command line or the config tree.
 FRONT = {"config", "compose", "build", "job"} | {
-    *("launch", "normalise", "overrides", "plugins", "resume", "sweep", "taskfile"),
+    *("launch", "grid", "normalise", "overrides", "plugins", "resume", "sweep", "taskfile"),
     *("commands.completion", "commands.conf"),
 }
 SIBLINGS = ["precision imports data.base"]  # normalises the images before it casts them
