@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import mtl_cli
 from mtl_cli.allow import NODES, refuse
+from mtl_cli.contract import contract_problems
 from mtl_cli.errors import ConfigError, SafetyError, nearest
 from mtl_cli.outputs import task_problems
 from mtl_cli.schema import GROUPS, INJECTED, ROOT, TYPES, outside, words
@@ -155,6 +156,9 @@ class _Check:
                 self._node(node, self.tree[node])
         self._node_keys("precision", self.tree.get("precision"))
         self._stray_targets("", self.tree)
+        self._misplaced()
+        for key, text in contract_problems(self.tree):
+            self._say(key, text)
         self._tasks("", self.tree)
         self._stages()
         self._ranged()
@@ -258,10 +262,13 @@ class _Check:
                 self._unknown(node, name, names)
             elif name in shape.parameters and not _open(given):
                 annotation = shape.parameters[name].annotation
+                expected = outside(f"{shape.name}.{name}", given) if shape.ours else None
                 if not fits(given, annotation):
                     self._say(
                         path, f"{path}: wrong type (found {given!r}, expected {words(annotation)})"
                     )
+                elif expected:
+                    self._say(path, f"{path}: out of range (found {given}, expected {expected})")
         for name, parameter in shape.parameters.items():
             if parameter.required and name not in injected and name not in value:
                 self._say(node, f"{node}: {shape.name} needs '{name}'; add {node}.{name}=...")
@@ -311,6 +318,17 @@ class _Check:
         for name, part in value.items():
             inner = f"{path}.{name}" if path else str(name)
             self._stray_targets(inner, part)
+
+    def _misplaced(self) -> None:
+        """Files that should write anywhere in the tree but land in a node of their own."""
+        for group in ("experiment", "debug"):
+            if isinstance(self.tree.get(group), dict):
+                option = self.composed.choices.get(group, "") if self.composed else ""
+                self._say(
+                    group,
+                    f"{group}={option}: its keys have no effect (they land under '{group}'); "
+                    "make '# @package _global_' the first line of its file",
+                )
 
     def _tasks(self, where: str, tree: Mapping[str, Any]) -> None:
         for key, text in task_problems(tree):

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl_cli.compose import Composed, Composer
 from mtl_cli.config import yaml_problem
 from mtl_cli.errors import ConfigError, nearest
-from mtl_cli.schema import GROUPS, TEXT
+from mtl_cli.schema import GROUPS, OPTIONAL, TEXT
 from mtl_cli.signature import is_mapping, signature
 from mtl_cli.taskfile import is_task_file, unquote
 
@@ -244,10 +244,12 @@ class _Resolver:
         return key in self.groups or override.package is not None or key.startswith("hydra/")
 
     def _choice(self, text: str, override: Override) -> bool:
-        """Whether a choice names an option that exists."""
+        """Whether a choice names an option, which exists."""
         group, option = override.key_or_group, override.value()
-        if group.startswith("hydra/") or option is None or override.is_delete():
+        if group.startswith("hydra/") or override.is_delete():
             return True
+        if option is None and group in OPTIONAL:
+            return False  # what the tree says already, and Hydra takes no null
         if group not in self.groups:
             self.problems.append(f"no group '{group}'{nearest(group, self.groups)}")
             return False
@@ -264,8 +266,9 @@ class _Resolver:
             hint = f"; did you mean {places[0]}={text.partition('=')[2]}?" if places else ""
             self.problems.append(f"{text}: '{group}' chooses an option ({listed}){hint}")
             return False
-        close = nearest(str(option), options).replace("'", "")
-        self.problems.append(f"no '{option}' in group '{group}'{close or ';'} choices: {listed}")
+        shown = "null" if option is None else option
+        close = nearest(str(shown), options).replace("'", "")
+        self.problems.append(f"no '{shown}' in group '{group}'{close or ';'} choices: {listed}")
         return False
 
     def _explain(self, choices: list[str], values: list[tuple[str, Override]]) -> Composed | None:
@@ -339,8 +342,9 @@ class _Resolver:
             node = OmegaConf.select(cfg, parent) if parent else None
             target = node.get("_target_") if isinstance(node, DictConfig) else None
             shape = signature(target) if isinstance(target, str) else None
-            if shape and name in shape.parameters and is_mapping(shape.parameters[name].annotation):
-                return "stages" not in parts[:index]
+            kind = shape.parameters[name].annotation if shape and name in shape.parameters else ""
+            if is_mapping(kind) and name != "stages":
+                return True
         return False
 
     def _compose(self, overrides: list[str], *, quiet: bool = False) -> Composed | None:
@@ -389,7 +393,7 @@ def _exists(cfg: DictConfig, key: str) -> bool:
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     if OmegaConf.is_list(node):
         return last.isdigit() and int(last) < len(node)
-    return OmegaConf.is_dict(node) and last in node
+    return OmegaConf.is_dict(node) and last in node.keys()  # noqa: SIM118 (`in node` skips ???)
 
 
 def _keys(node: Any) -> list[str]:

@@ -48,6 +48,11 @@ class Signature:
     open: bool = False
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is shipped with this package."""
+        return self.module.startswith("mtl_cli.")
+
 
 def signature(target: str) -> Signature | None:
     """Return the signature of ``package.module.Name``, None if its source cannot be found."""
@@ -295,6 +300,9 @@ def _subscript(node: ast.Subscript, value: Any) -> list[bool | None]:
         return [any(value == getattr(member, "value", MISSING) for member in members)]
     if head in SEQUENCES:
         if not isinstance(value, (list, tuple)):
+            return [False]
+        fixed = head in {"tuple", "Tuple"} and ast.unparse(members[-1]) != "..."
+        if fixed and len(value) != len(members):
             return [False]
         first = ast.unparse(members[0])
         return [all(fits(item, first) for item in value)]

@@ -50,6 +50,7 @@ def jobs(monkeypatch, tmp_path):
         ("train heads.age.hidden=3", "task 'synthetic' has no 'age' (has shape, colour, size)"),
         ("train heads.age=mlp", "task 'synthetic' has no 'age' (has shape, colour, size)"),
         ("train lr=1e-3", "did you mean optimizer.lr=1e-3?"),
+        ("train weighting=null", "no 'null' in group 'weighting'; choices: "),
         ("train batch_size=8", "unknown key 'batch_size'; did you mean 'data.batch_size'?"),
         ("train uncertainty", "(expected key=value); did you mean weighting=uncertainty?"),
         ("train optimizer.foo=1", "unknown key 'optimizer.foo' (optimizer has lr, weight_decay"),
@@ -106,6 +107,10 @@ def test_train_hands_over_one_checked_config(jobs):
     assert job.run_dir is None
     assert job.overrides == ["epochs=3", "loss@losses.size=smooth_l1", "losses.size.beta=0.5"]
     assert (job.dry_run, job.debug) == (False, False)
+
+
+def test_no_experiment_may_be_said(jobs):
+    assert main(["train", "experiment=null"]) == 0
 
 
 def test_exit_code_is_the_jobs(jobs, monkeypatch):

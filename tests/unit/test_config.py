@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 
 import pytest
@@ -24,7 +25,7 @@ from mtl_cli.errors import ConfigError, SafetyError
 from mtl_cli.launch import prepare
 from mtl_cli.metric_names import DEFAULT_HEAD, DEFAULT_LOSS, DEFAULT_METRICS, METRICS
 from mtl_cli.overrides import parse
-from mtl_cli.schema import INJECTED
+from mtl_cli.schema import ARGUMENTS, INJECTED, RANGES
 from mtl_cli.signature import MISSING, fits, signature
 
 GROUPS = {
@@ -155,6 +156,174 @@ def test_a_problem_is_found(argv, parts):
     text = "\n".join(problems(*argv))
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("data.margin", "big", "data.margin: wrong type (found 'big', expected number)"),
+        ("data.margin", None, "data.margin: wrong type"),
+        ("data.margin", 2, "data.margin: out of range"),
+        ("data.image_size", [32, 48], "data.image_size: wrong type"),
+        ("data.drop_last", "nope", "wrong type (found 'nope', expected true or false)"),
+        ("data.resize", "stretch", "data.resize: out of range (found stretch, expected crop | pad"),
+        ("optimizer.betas", [0.9], "optimizer.betas: wrong type (found [0.9], expected list of 2"),
+        ("optimizer.betas", [0.9, 1.5], "optimizer.betas: out of range"),
+        ("optimizer.eps", -1, "optimizer.eps: out of range (found -1, expected > 0)"),
+        ("optimizer", None, "optimizer: wrong type (found null, expected a mapping of keys)"),
+        ("backbone.width", -3, "backbone.width: out of range (found -3, expected >= 1)"),
+        ("augment.flip", 1.5, "augment.flip: out of range"),
+        ("device", "meta", "device: out of range (found meta, expected auto | cpu | cuda"),
+        ("device", "cuda:1", ""),
+        ("task.name", 123, "task.name: wrong type (found 123, expected text)"),
+        ("ema", None, "ema: wrong type (found null, expected a mapping of keys)"),
+        ("ema", 0.9, "ema: wrong type (found 0.9"),
+        ("ema.dekay", 0.5, "unknown key 'ema.dekay'; did you mean 'decay'?"),
+        ("weighting.update_every", 0, "weighting.update_every: out of range"),
+        ("unfreeze_at", {"backbone": 100}, "unfreeze_at.backbone: never acts (found epoch 100"),
+        ("unfreeze_at", {"backbone": 9}, ""),
+    ],
+)
+def test_a_wrong_value_is_found(key, value, part, sound):
+    cfg = copy.deepcopy(sound)
+    OmegaConf.update(cfg, key, value, force_add=True, merge=False)
+    found = [text for text in check(cfg) if "unknown key 'weighting" not in text]
+    assert part in "\n".join(found)
+    assert bool(found) == bool(part)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "epochs",
+        "seed",
+        "freeze",
+        "ema",
+        "ema.decay",
+        "lr",
+        "weighting",
+        "augment",
+        "precision",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "data.batch_size",
+        "task.name",
+    ],
+)
+def test_a_key_that_is_gone_is_missed(key, sound):
+    cfg = copy.deepcopy(sound)
+    node, _, name = key.rpartition(".")
+    del (OmegaConf.select(cfg, node) if node else cfg)[name]
+    assert check(cfg) == [f"missing key '{key}' (every run has it); take out ~{key}"]
+
+
+@pytest.fixture(scope="module")
+def staged():
+    """A config of two stages without a problem."""
+    cfg, found = config("schedule=transfer")
+    assert not found
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("epochs", "two", "schedule.stages.probe.epochs: wrong type (found 'two', expected whole"),
+        ("epochs", 0, "schedule.stages.probe.epochs: out of range (found 0, expected >= 1)"),
+        ("lr", "fast", "schedule.stages.probe.lr: wrong type"),
+        ("lr", -1, "schedule.stages.probe.lr: out of range (found -1, expected > 0)"),
+        ("freeze", "backbone", "schedule.stages.probe.freeze: wrong type (found 'backbone'"),
+        ("only", "nosuch", "schedule.stages.probe.only: the task has no 'nosuch' (has shape,"),
+        ("only", ["size", "shap"], "did you mean 'shape'?"),
+        ("only", ["size"], ""),
+        ("unfreeze_at", {"heads": 10}, "schedule.stages.probe.unfreeze_at.heads: never acts"),
+        ("unfreeze_at", {"backbone": 1}, "'backbone' is in freeze"),
+    ],
+)
+def test_a_wrong_value_of_a_stage_is_found(key, value, part, staged):
+    cfg = copy.deepcopy(staged)
+    cfg.schedule.stages.probe[key] = value
+    found = check(cfg)
+    assert part in "\n".join(found)
+    assert bool(found) == bool(part)
+
+
+def test_a_rule_of_the_run_may_act_in_one_stage_only(staged):
+    cfg = copy.deepcopy(staged)
+    cfg.unfreeze_at = {"backbone": 1}  # frozen in the probe, not in the fine-tuning
+    assert check(cfg) == []
+    cfg.schedule.stages.finetune.epochs = 1
+    assert "unfreeze_at.backbone: never acts" in check(cfg)[0]
+
+
+def test_look_ahead_needs_momentum():
+    (found,) = problems("optimizer=sgd", "optimizer.momentum=0")
+    assert found.startswith("optimizer.nesterov: needs momentum (found optimizer.momentum=0")
+    assert problems("optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false") == []
+
+
+def test_a_value_outside_a_strategys_range():
+    assert problems("weighting=cagrad", "weighting.c=-1") == [
+        "weighting.c: out of range (found -1, expected >= 0 and < 1)"
+    ]
+
+
+SAID = {
+    r"(?:^ |, )(> 0|>= 0|>= 1)(?:[,; ]|$)": "{}",
+    r"\[0, 1\)": ">= 0 and < 1",
+    r"\(0, 1\]": "> 0 and <= 1",
+    r"\[0, 1\]|0\.\.1(?:[,; ]|$)": ">= 0 and <= 1",
+}
+
+
+@pytest.mark.parametrize("group", ["weighting", "lr", "augment", "optimizer"])
+def test_ranges_are_what_the_comments_say(group):
+    """Every range that an option's YAML states is checked."""
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        target = option_schema((conf_dir(),), group, path.stem)["_target_"].rpartition(".")[2]
+        for line in path.read_text().splitlines():
+            found = re.match(r"(\w+): +[^{#\[]+#(.*)", line)
+            if found is None:
+                continue
+            key, comment = found.groups()
+            said = [
+                limits.format(*hit.groups())
+                for text, limits in SAID.items()
+                if (hit := re.search(text, comment))
+            ]
+            checked = RANGES.get(f"{target}.{key}", RANGES.get(f"{group}.{key}"))
+            assert not said or checked in said, f"{path.name}: {key}: {comment}"
+
+
+def test_every_range_is_of_a_parameter():
+    shapes = [
+        signature(str(target))
+        for group in ("weighting", "lr", "augment")
+        for target in shipped_schemas(group)
+    ]
+    known = {f"{shape.name}.{name}" for shape in shapes for name in shape.parameters}
+    assert set(" ".join(ARGUMENTS.values()).split()) - known == set()
+
+
+def test_a_value_that_is_still_missing_is_no_unknown_key():
+    """Explaining one override must not blame another, whose key is ??? in the YAML."""
+    stage = ["schedule=pretrain", "schedule.stages.pretrain.task=synthetic"]
+    cfg, found = config("task=type_color", *stage, "lr_mult.heads.type=2")
+    assert found == []
+    assert cfg.lr_mult == {"heads.type": 2}
+
+
+def test_rules_of_a_stage_may_name_any_part():
+    cfg, found = config("schedule=transfer", "schedule.stages.finetune.lr_mult.heads.size=2")
+    assert found == []
+    assert cfg.schedule.stages.finetune.lr_mult == {"backbone": 0.1, "heads.size": 2}
+
+
+def test_keys_of_an_experiment_without_its_package(user):
+    place = user(experiment__mine="epochs: 3\n")
+    (found,) = problems("experiment=mine", "--config-dir", place)
+    assert found.startswith("experiment=mine: its keys have no effect")
+    assert "# @package _global_" in found
 
 
 def test_all_problems_at_once():

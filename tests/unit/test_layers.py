@@ -18,8 +18,8 @@ LAYERS = {
     3: "model backward ghost routes schedule.*",
     4: "checkpoint evaluate parts passes predictions record run validation work",
     5: "train",
-    6: "allow build comparison compose config grid job launch normalise outputs overrides plugins predict "
-    "resume schema signature sweep taskfile usage",
+    6: "allow build comparison compose config contract grid job launch normalise outputs overrides "
+    "plugins predict resume schema signature sweep taskfile usage",
     7: "cli commands.* __main__",
 }
 LAYER = {name: number for number, names in LAYERS.items() for name in names.split()}
