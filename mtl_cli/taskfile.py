@@ -15,6 +15,7 @@ Paths are looked for beside the file first, then in the working directory.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,20 @@ from hydra.core.config_store import ConfigStore
 from mtl_cli.config import conf_dir, read_yaml
 from mtl_cli.errors import ConfigError, nearest
 from mtl_cli.metric_names import DEFAULT_HEAD, DEFAULT_LOSS, DEFAULT_METRICS
+from mtl_cli.signature import fits
 
 KEYS = ("name", "outputs", "metrics", "data", "heads", "losses", "backbone")
 PATHS = ("root", "table", "file", "cache_dir")
 SOURCE = "csv"
+# Of the file's own keys; what lies below them is checked in the composed tree.
+TYPES: dict[str, tuple[str, str]] = {
+    "name": ("str | None", "text; put it in quotes"),
+    "metrics": ("dict | None", "a mapping, e.g. {price: [mae]}"),
+    "data": ("dict | str | None", "a mapping, e.g. {root: photos, table: labels.csv}"),
+    "data.source": ("str | None", "the name of an option of data"),
+    "backbone": ("str | None", "the name of an option of backbone"),
+}
+OUTPUT_NAME = re.compile(r"[\w -]+")  # a part of dotted keys and of file names
 
 _registered: dict[Path, str] = {}
 
@@ -87,8 +98,15 @@ def expand(path: Path) -> dict[str, Any]:
             f"{path.name}: no outputs (expected e.g. outputs: {{price: {{kind: regression}}}})"
         )
         raise ConfigError(problems)
+    problems += _mistyped(path.name, raw)
     kinds = {}
     for name, output in outputs.items():
+        if not isinstance(name, str) or not OUTPUT_NAME.fullmatch(name):
+            problems.append(
+                f"{path.name}: outputs: not a name (found {name!r}, expected text of letters, "
+                "digits, - and _); choose another and say column: for the one in the table"
+            )
+            continue
         kind = output.get("kind") if isinstance(output, Mapping) else None
         if kind not in DEFAULT_METRICS:
             known = ", ".join(DEFAULT_METRICS)
@@ -97,15 +115,26 @@ def expand(path: Path) -> dict[str, Any]:
                 f"{path.name}: outputs.{name}.kind: not a kind (found {kind}, expected {known}){hint}"
             )
         else:
-            kinds[str(name)] = str(kind)
+            kinds[name] = str(kind)
     heads = _options(path, raw, "heads", kinds, DEFAULT_HEAD, problems)
     losses = _options(path, raw, "losses", kinds, DEFAULT_LOSS, problems)
+    if problems:
+        raise ConfigError(problems)
     data = raw.get("data") or {}
     if isinstance(data, str):
         data = {"source": data}
-    if problems:
-        raise ConfigError(problems)
     return _node(path, raw, kinds, heads, losses, dict(data))
+
+
+def _mistyped(file: str, raw: Mapping[str, Any]) -> list[str]:
+    """Keys of the file whose values are of another kind."""
+    data = raw.get("data")
+    values = {**raw, "data.source": data.get("source") if isinstance(data, dict) else None}
+    return [
+        f"{file}: {key}: wrong type (found {values[key]!r}, expected {expected})"
+        for key, (kind, expected) in TYPES.items()
+        if not fits(values.get(key), kind)
+    ]
 
 
 def _options(
@@ -141,7 +170,7 @@ def _node(
     losses: Mapping[str, str],
     data: dict[str, Any],
 ) -> dict[str, Any]:
-    defaults: list[Any] = [{"/data@_global_.data": data.pop("source", SOURCE)}]
+    defaults: list[Any] = [{"/data@_global_.data": data.pop("source", None) or SOURCE}]
     defaults += [{f"/head@_global_.heads.{name}": option} for name, option in heads.items()]
     defaults += [{f"/loss@_global_.losses.{name}": option} for name, option in losses.items()]
     if raw.get("backbone"):

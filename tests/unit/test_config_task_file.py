@@ -92,6 +92,15 @@ def test_an_edit_is_seen_in_the_same_process(composer, file):
         (PRODUCTS + "losses: {price: bce}\n", ["BCE does not fit a regression output"]),
         ("name: [1\n", ["products.yaml:2:1"]),
         (PRODUCTS.replace("[acme, zenith]", "[yes, no]"), ["classes"]),
+        (PRODUCTS + "metrics: [mae]\n", ["products.yaml: metrics: wrong type (found ['mae']"]),
+        (PRODUCTS + "backbone: 5\n", ["products.yaml: backbone: wrong type (found 5, expected"]),
+        (PRODUCTS.replace("{root", "[x] #"), ["products.yaml: data: wrong type (found ['x']"]),
+        (PRODUCTS.replace("{root", "{source: 5, root"), ["data.source: wrong type (found 5"]),
+        (PRODUCTS.replace("name: products", "name: 123"), ["name: wrong type (found 123, expec"]),
+        (
+            PRODUCTS.replace("price: {", "price.eur: {").replace("used:", "yes:"),
+            ["outputs: not a name (found 'price.eur'", "not a name (found True"],
+        ),
     ],
 )
 def test_problems_name_the_file(composer, file, text, parts):
