@@ -13,7 +13,7 @@ def split(
     """Separate words from options (``--name value``, ``--name=value`` or a bare flag).
 
     Raises:
-        ConfigError: unknown option, or one without its value.
+        ConfigError: unknown option, one without its value, or a flag with one.
     """
     words: list[str] = []
     options: dict[str, str] = {}
@@ -23,6 +23,8 @@ def split(
         if not word.startswith("--"):
             words.append(word)
         elif name in flags:
+            if equals:
+                raise ConfigError(f"{name}: takes no value (found '{value}'); {usage}")
             options[name] = ""
         elif name in valued:
             given = value if equals else next(rest, None)

@@ -12,9 +12,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from mtl_cli.commands.arguments import split
-from mtl_cli.comparison import Comparison, Group, compare, find_runs
+from mtl_cli.comparison import Comparison, Group, RunRecord, compare, find_runs, flatten
 from mtl_cli.console import duration, number, table
-from mtl_cli.errors import OK, ConfigError
+from mtl_cli.errors import OK, ConfigError, nearest
 
 USAGE = "mtl compare DIR... [--by KEY[,KEY]] [--html FILE | --csv | --md | --json]"
 HELP = f"""usage: {USAGE}
@@ -40,7 +40,7 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
         say: prints a line.
 
     Raises:
-        ConfigError: wrong command line, or a file that cannot be written.
+        ConfigError: wrong command line, a key that no run has, or a file that cannot be written.
         DataError: there is no run in the directories.
     """
     if "--help" in args or "-h" in args:
@@ -54,6 +54,7 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
         raise ConfigError(f"compare: {' and '.join(forms)} exclude each other; {USAGE}")
     runs = find_runs(directories)
     by = [key.strip() for key in options.get("--by", "").split(",") if key.strip()]
+    _refuse_unknown(by, runs)
     comparisons = [
         compare(task, [r for r in runs if r.task == task], by)
         for task in dict.fromkeys(r.task for r in runs)
@@ -71,6 +72,21 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     for line in writers.get(form, as_text)(comparisons):
         say(line)
     return OK
+
+
+def _refuse_unknown(by: Sequence[str], runs: Sequence[RunRecord]) -> None:
+    """A key that no run has would put different settings into one row."""
+    leaves = {key for run in runs for key in (*flatten(run.config), *run.overrides)}
+    parts = [key.split(".") for key in leaves]
+    known = {".".join(words[:n]) for words in parts for n in range(1, len(words) + 1)}
+    problems = []
+    for key in by:
+        if key not in known:
+            close = sorted(name for name in known if name.endswith(f".{key}"))
+            hint = f"; did you mean '{close[0]}'?" if close else nearest(key, known)
+            problems.append(f"compare: --by: no run has '{key}'{hint}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def as_text(comparisons: Sequence[Comparison]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl_cli import allow
 from mtl_cli.commands.arguments import split
-from mtl_cli.errors import OK, ConfigError
+from mtl_cli.errors import OK, ConfigError, nearest
 
 USAGE = (
     "mtl eval RUN|CHECKPOINT [--split train|val|test] [--data PATH] [--name best|last] "
@@ -46,6 +46,8 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     name = options.get("--split", "val")
     if name not in ("train", "val", "test"):
         raise ConfigError(f"eval: --split: found '{name}', expected train, val or test")
+    if "--name" in options:
+        _refuse_unknown(Path(words[0]).expanduser(), options["--name"])
     result = judge(words[0], name, options)
     if "--json" in options:
         say(json.dumps(result, indent=1))
@@ -53,6 +55,18 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
     for line in table(result):
         say(line)
     return OK
+
+
+def _refuse_unknown(path: Path, name: str) -> None:
+    """Another checkpoint than the one that is asked for must not be judged in silence."""
+    if path.is_file():
+        raise ConfigError(f"eval: --name: {path} is a checkpoint already; name its run, or no name")
+    known = sorted({"best", "last", *(file.stem for file in path.glob("checkpoints/*.pt"))})
+    if name not in known:
+        raise ConfigError(
+            f"eval: --name: no such checkpoint (found '{name}', expected one of "
+            f"{', '.join(known)}){nearest(name, known)}"
+        )
 
 
 def judge(run_path: str, split: str, options: Mapping[str, str]) -> dict[str, Any]:

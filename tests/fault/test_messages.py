@@ -443,3 +443,23 @@ def test_code_in_the_config_of_a_checkpoint_never_runs(run, fails, tmp_path):
     assert "os.mkdir" in fails(9, "eval", str(run))
     assert main(["predict", str(run), "a.png"]) in {0, 9}
     assert not (tmp_path / "ran").exists()
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (
+            ["--name", "nosuch"],
+            "--name: no such checkpoint (found 'nosuch', expected one of best, ",
+        ),
+        (["--name=best_ag"], "did you mean 'best_age'?"),
+        (["--json=foo"], "--json: takes no value (found 'foo')"),
+    ],
+)
+def test_eval_refuses_what_it_would_ignore(argv, part, fails, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "best_age.pt").touch()
+    assert part in fails(2, "eval", "run", *argv)

@@ -268,12 +268,27 @@ def test_html_is_one_escaped_page(sweep, tmp_path):
         ([], ConfigError, "at least one directory"),
         (["x", "--csv", "--md"], ConfigError, "exclude each other"),
         (["x", "--jsn"], ConfigError, "did you mean '--json'"),
+        (["x", "--csv=out.csv"], ConfigError, "--csv: takes no value .found 'out.csv'."),
         (["/absent"], DataError, "no such directory"),
     ],
 )
 def test_bad_command_lines(args, raised, message):
     with pytest.raises(raised, match=message):
         run(args, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("wieghting", "; did you mean 'weighting'?"),
+        ("lr", "; did you mean 'optimizer.lr'?"),
+        ("x", ""),
+    ],
+)
+def test_a_key_that_no_run_has_pools_nothing(key, hint, sweep):
+    with pytest.raises(ConfigError) as caught:
+        run([str(sweep), "--by", f"optimizer,{key}"], lambda line: None)
+    assert str(caught.value) == f"compare: --by: no run has '{key}'{hint}"
 
 
 def test_page_that_cannot_be_written(sweep):
