@@ -19,14 +19,14 @@ from mtl_cli import precision as number_format
 from mtl_cli.backward import BackwardEngine
 from mtl_cli.data.base import DataOptions, DataSet
 from mtl_cli.errors import ConfigError, SafetyError
-from mtl_cli.evaluate import constant_metrics
+from mtl_cli.evaluate import constant_metrics, deciding_by, unjudged
 from mtl_cli.losses import Loss
 from mtl_cli.model import ByTask, MultiTaskModel, NamedSeed
 from mtl_cli.params import ParamRow, ParamRules, param_groups, param_table, rename_rules
 from mtl_cli.precision import LossScale
 from mtl_cli.record import restore
 from mtl_cli.run import Progress, StopFlag, Stopped
-from mtl_cli.schedule.base import Schedule, Stage, rules_from
+from mtl_cli.schedule.base import JOINT_OPTIMIZER, Schedule, Stage, rules_from
 from mtl_cli.task import Objective, Task
 from mtl_cli.weighting.base import GradientWeighting, GramianWeighting, LossWeighting, Weighting
 from mtl_cli.work import Meter, Work
@@ -203,6 +203,7 @@ class StageBuilder:
         self.say = say
         self.stop = stop
         self.work: Work  # of the stage that was built last
+        self.built: Callable[[], None] = lambda: None  # called once, with the first stage in place
         self._data: dict[str, DataSet] = {}
         self._said_at = time.monotonic()
 
@@ -210,6 +211,13 @@ class StageBuilder:
         """Build the stage without its starting weights."""
         config = stage_config(self.config, stage)
         self.work = assemble(config, stage, self._open(config), self.device, self.schedule)
+        if self.work.best_by != config["best_by"]:
+            self.say(
+                f"stage {stage.name}: has no {config['best_by']} (has "
+                f"{', '.join(t.name for t in self.work.tasks)}); the mean gain decides about its best.pt"
+            )
+        for note in unjudged(self.work.tasks, self.work.data, self.work.best_by):
+            self.say(note)
         return self.work
 
     def __call__(self, stage: Stage) -> Work:
@@ -220,6 +228,8 @@ class StageBuilder:
             self.state = None
         else:
             self._start_weights(work)
+        self.built()
+        self.built = lambda: None
         return work
 
     def _open(self, config: Config) -> DataSet:
@@ -277,6 +287,8 @@ def reopen(state: Mapping[str, Any]) -> tuple[Config, tuple[Task, ...], MultiTas
         config["backbone"] = {**config["backbone"], "pretrained": False}  # weights come from here
     tasks = tuple(Task.from_state(t) for t in state["tasks"])
     model = build_model(config, tasks)
+    if config["precision"]["dtype"] == "fp64":
+        model = model.double()
     model.load_state_dict(checkpoint.weights(state))
     return config, tasks, model.eval()
 
@@ -367,7 +379,7 @@ def assemble(
         clip_norm=config["clip_norm"],
         patience=config["patience"],
         on_nonfinite=config["on_nonfinite"],
-        best_by=config["best_by"],
+        best_by=deciding_by(config["best_by"], tasks),
         log_every_steps=config["log_every_steps"],
         save_every_steps=config["save_every_steps"],
         ema=build_ema(model, config["ema"]["decay"]),
@@ -394,6 +406,12 @@ def build_optimizers(
         groups = param_groups(rows, mine, decay)
         if not groups:
             raise ConfigError(f"freeze: nothing is left to train in stage '{stage.name}'")
+        if all(row.frozen or row.unfreeze_at > 0 for row in rows if row.name in mine):
+            whose = "" if name == JOINT_OPTIMIZER else f" of '{name}'"
+            raise ConfigError(
+                f"unfreeze_at: nothing{whose} trains in epoch 0 of stage '{stage.name}'; let a part "
+                "train from the beginning"
+            )
         optimizers[name] = make(node, "optimizer", params=groups, fused=True)
     learned = list(weighting.parameters())
     if learned:

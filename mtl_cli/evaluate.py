@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl_cli import dist
+from mtl_cli.errors import DataError
 from mtl_cli.metrics import TaskMetrics, constant_raw, direction, gain
 from mtl_cli.precision import as_input, autocast
 from mtl_cli.task import Task
@@ -63,6 +64,42 @@ class Evaluation:
         if value is None:
             return None
         return -value if direction(name) == "min" else value
+
+
+def deciding_by(best_by: str | None, tasks: Sequence[Task]) -> str | None:
+    """``best_by`` for a stage with these tasks; None (the mean gain) where they have no such metric.
+
+    ``best_by`` is written for the run's task, and a stage may learn another one.
+    """
+    if best_by is None or best_by == "loss":
+        return best_by
+    name, _, metric = best_by.partition("/")
+    known = any(t.name == name and (not metric or metric in t.metrics) for t in tasks)
+    return best_by if known else None
+
+
+def unjudged(tasks: Sequence[Task], data: DataSet, best_by: str | None) -> list[str]:
+    """What to say about tasks without a label in the validation split, one line each.
+
+    Raises:
+        DataError: ``best_by`` names such a task.
+    """
+    rows = data.splits["val"]
+    empty = [t.name for t in tasks if not bool(data.valid[t.name][rows].any())]
+    if best_by is not None and best_by.partition("/")[0] in empty:
+        raise DataError(
+            f"best_by: {best_by} cannot be judged (found no label of it among the {len(rows)} "
+            "validation samples); choose another best_by, or give that split such labels"
+        )
+    if len(empty) == len(tasks):
+        return [
+            f"validation: no label at all among {len(rows)} samples: nothing is judged, best.pt is "
+            "the first epoch's; use last.pt"
+        ]
+    return [
+        f"validation: no label of {name} among {len(rows)} samples: its metrics stay '-'"
+        for name in empty
+    ]
 
 
 def evaluate(work: Work, split: str, stop: StopFlag | None = None) -> Evaluation | None:

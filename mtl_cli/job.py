@@ -129,13 +129,23 @@ def train_in(
         stop=stop,
         display=display,
     )
-    if dist.rank() == 0:
-        write_facts(directory, text, overrides, where, config)
-        directory.status("running", step=progress.total_steps)
-        directory.start_logs(progress.log_bytes)
     if state is not None:
         run.clock.load_state_dict(state["clock"])
-    log.info("%s from step %d", directory.path, progress.total_steps)
+
+    def begin() -> None:
+        if dist.rank() == 0:
+            write_facts(directory, text, overrides, where, config)
+            directory.status("running", step=progress.total_steps)
+            directory.start_logs(progress.log_bytes)
+        directory.begun = True
+        log.info("%s from step %d", directory.path, progress.total_steps)
+
+    if config["resume"]:
+        builder.built = (
+            begin  # what is typed now may yet be refused: the run is as it was till then
+        )
+    else:
+        begin()
     display.start({"run": str(directory.path), **describe(config, where)})
     try:
         train(run)
@@ -182,6 +192,7 @@ def open_directory(config: dict[str, Any], run_dir: Path | None) -> RunDir:
     else:
         path = parent / config["run_name"] if config["run_name"] else new_run_path(parent)
     directory = RunDir(Path(dist.broadcast(str(path))))
+    directory.begun = not config["resume"]
     if dist.rank() == 0:
         directory.open()
         if not config["resume"] and directory.checkpoints.any():
@@ -327,8 +338,11 @@ def summarise(
 def finish(directory: RunDir | None, state: str, code: int, reason: str) -> int:
     """Write the end of an interrupted run."""
     if directory is not None and dist.rank() == 0:
-        directory.status(state, exit_code=code, reason=reason)
-        console.notice(f"{reason}; continue with: mtl train resume={directory.path}")
+        if directory.begun:
+            directory.status(state, exit_code=code, reason=reason)
+            console.notice(f"{reason}; continue with: mtl train resume={directory.path}")
+        else:
+            console.notice(f"{reason}; {directory.path} is as it was: type the same command again")
     dist.shutdown()
     return code
 
@@ -359,7 +373,8 @@ def fail(directory: RunDir | None, error: Exception, debug: bool) -> int:
         console.trace(details)
     for line in getattr(error, "problems", [reason]):
         console.error(line)
-    if directory is not None and dist.rank() == 0 and code != RunDirError.exit_code:
+    ours = directory is not None and directory.begun and dist.rank() == 0
+    if directory is not None and ours and code != RunDirError.exit_code:
         with contextlib.suppress(MtlError, OSError):
             directory.status("failed", exit_code=code, reason=reason)
             directory.write_text("error.txt", details)

@@ -133,13 +133,18 @@ def param_groups(
     Parameters that are unfrozen later are in their group from the start, so that a resumed run
     sees the same groups; frozen ones are left out.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[ParamRow]] = {}
     for row in rows:
         if row.name in names and not row.frozen:
-            groups.setdefault((row.lr_mult, row.decay), []).append(row.parameter)
+            groups.setdefault((row.lr_mult, row.decay), []).append(row)
     return [
-        {"params": params, "lr_mult": lr_mult, "weight_decay": weight_decay if decay else 0.0}
-        for (lr_mult, decay), params in groups.items()
+        {
+            "params": [row.parameter for row in members],
+            "names": [row.name for row in members],  # a resumed run must find the same
+            "lr_mult": lr_mult,
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for (lr_mult, decay), members in groups.items()
     ]
 
 

@@ -16,10 +16,10 @@ from torchvision.transforms.v2.functional import center_crop
 
 from mtl_cli import build, checkpoint, device
 from mtl_cli.data import images
-from mtl_cli.data.base import normalise
 from mtl_cli.errors import DataError
 from mtl_cli.metrics import predict
 from mtl_cli.model import MultiTaskModel
+from mtl_cli.precision import as_input
 from mtl_cli.task import Task
 
 BATCH = 64
@@ -45,6 +45,7 @@ class Predictor:
         self.tasks = tuple(tasks)
         self.model = model.to(where).eval()
         self.device = where
+        self.dtype = "fp64" if config["precision"]["dtype"] == "fp64" else "fp32"
         data = config["data"]
         self.size: int = data["image_size"]
         self.decoded_size = round(self.size * (1 + data["margin"]))
@@ -92,7 +93,7 @@ class Predictor:
     def raw(self, batch: Tensor) -> dict[str, Tensor]:
         """Raw outputs {task: [B,C]} of uint8 images [B,3,H,W]."""
         with torch.inference_mode():
-            outputs = self.model(normalise(batch.to(self.device)))
+            outputs = self.model(as_input(batch.to(self.device), self.dtype))
         return {name: out.float().cpu() for name, out in outputs.items()}
 
     def batches(self, paths: Sequence[str]) -> Iterator[tuple[Sequence[str], dict[str, Tensor]]]:

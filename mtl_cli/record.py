@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_cli import __version__, dist
-from mtl_cli.errors import DataError, NonFiniteError
+from mtl_cli.errors import CheckpointError, DataError, NonFiniteError
 from mtl_cli.evaluate import Evaluation
 from mtl_cli.metrics import direction
 from mtl_cli.predictions import rows, to_csv
@@ -69,7 +69,12 @@ def describe_nonfinite(
 
 
 def note_best(run: Run, work: Work, evaluation: Evaluation) -> tuple[str, ...]:
-    """Compare with the best so far; names under which the checkpoint is to be linked."""
+    """Compare with the best so far; names under which the checkpoint is to be linked.
+
+    Raises:
+        NonFiniteError: an output of the model is not finite: such a model is worth nothing.
+    """
+    refuse_nonfinite(run, work, evaluation)
     progress, names = run.progress, []
     record = {
         "step": progress.total_steps,
@@ -79,6 +84,13 @@ def note_best(run: Run, work: Work, evaluation: Evaluation) -> tuple[str, ...]:
         "metrics": evaluation.metrics,
     }
     progress.final = record
+    if progress.best_by != work.best_by:
+        if progress.best_score is not None:
+            run.display.message(
+                f"best_by: now {work.best_by or 'the mean gain'}; best.pt starts afresh with epoch "
+                f"{progress.epoch}"
+            )
+        progress.best_by, progress.best_score = work.best_by, None
     value = evaluation.deciding(work.best_by)
     if progress.best_score is None or (value is not None and value > progress.best_score):
         progress.best_score = value if value is not None else float("-inf")
@@ -101,6 +113,23 @@ def note_best(run: Run, work: Work, evaluation: Evaluation) -> tuple[str, ...]:
             }
             names.append(f"best_{task.name}")
     return tuple(names)
+
+
+def refuse_nonfinite(run: Run, work: Work, evaluation: Evaluation) -> None:
+    """Raise a NonFiniteError that names tasks and files if an output is not finite."""
+    wrong = {
+        name: ~torch.isfinite(raw).all(dim=1) for name, raw in evaluation.raw.items() if len(raw)
+    }
+    bad = [name for name, rows in wrong.items() if bool(rows.any())]
+    if not bad:
+        return
+    rows = torch.stack([wrong[name] for name in bad]).any(dim=0)
+    files = [work.data.table.files[i] for i in evaluation.index[rows][:3].tolist()]
+    raise NonFiniteError(
+        f"step {run.progress.total_steps}: evaluation: outputs of {', '.join(bad)} are not finite "
+        f"for {int(rows.sum())} of {len(rows)} validation samples ({', '.join(files)}); checkpoints "
+        "already written are intact: lower optimizer.lr or set clip_norm"
+    )
 
 
 def log_step(run: Run, work: Work, reports: Sequence[StepReport]) -> None:
@@ -244,6 +273,7 @@ def restore(work: Work, state: Mapping[str, Any]) -> None:
 
     Raises:
         DataError: the data are not those of the checkpoint.
+        CheckpointError: the parameters are grouped otherwise than in the checkpoint.
     """
     if state["data"] != work.data.fingerprint:
         raise DataError(
@@ -251,13 +281,30 @@ def restore(work: Work, state: Mapping[str, Any]) -> None:
             "restore them, or start a new run with init_from="
         )
     _load(work.model, state["model"])
-    if work.ema is not None and state["ema"] is not None:
-        _load(work.ema, state["ema"])
+    if work.ema is not None:
+        _load(work.ema, state["ema"]) if state["ema"] else _load(work.ema.module, state["model"])
     for name, optimizer in work.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+        _restore_optimizer(optimizer, state["optimizers"][name])
     _load(work.weighting, state["weighting"])
     work.scale.load_state_dict(state["scale"])
     work.meter.load_state_dict(state["meter"])
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over the moments; hyper-parameters are those of the config, which may have changed.
+
+    Only ``lr`` comes from the state: the schedule sets it anew at every step.
+    """
+    wanted = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    saved = state["param_groups"]
+    if [g.get("names") for g in saved] != [g.get("names") for g in wanted]:
+        raise CheckpointError(
+            "resume: the optimizer's parameter groups differ from those of the checkpoint (freeze, "
+            "lr_mult or layer_decay has changed); put it back, or start a new run with init_from="
+        )
+    optimizer.load_state_dict(dict(state))
+    for group, own, old in zip(optimizer.param_groups, wanted, saved, strict=True):
+        group.update(own, lr=old["lr"])
 
 
 def _load(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -36,7 +36,8 @@ class Progress:
         step: optimizer steps attempted in the stage.
         step_in_epoch: steps of the current epoch that are done.
         total_steps: optimizer steps attempted in the run, over all stages.
-        best_score: best value of what decides about best.pt in this stage.
+        best_by: what decided about best.pt so far (TASK/METRIC, ``loss``, None for the mean gain).
+        best_score: best value of it in this stage.
         best: step, epoch, stage, score and metrics of the best evaluation of this stage.
         final: the same of the last evaluation.
         best_task: task -> gain, value, step and epoch of its own best evaluation.
@@ -52,6 +53,7 @@ class Progress:
     step: int = 0
     step_in_epoch: int = 0
     total_steps: int = 0
+    best_by: str | None = None
     best_score: float | None = None
     best: dict[str, Any] = field(default_factory=dict)
     final: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +128,7 @@ class RunDir:
         self._timing: TextIO | None = None
         self.warn: Callable[[str], None] = log.warning
         self._warned = False
+        self.begun = False  # until then a run that lies here stays as it is
 
     def open(self) -> None:
         """Make the directory, take its lock, remove leftovers of a killed process."""

@@ -148,6 +148,36 @@ def test_eval_of_the_test_split_and_per_class(made, capsys):
     assert "px" in text
 
 
+def test_what_changes_on_resume_takes_effect(made, capsys):
+    """Optimizer keys reach the loaded groups; another ``best_by`` compares with nothing before."""
+    run = made("epochs=1")
+    changes = ("epochs=2", "optimizer.weight_decay=5", "best_by=size/mae")
+    assert main(["train", f"resume={run}", *changes]) == 0
+    assert "best.pt starts afresh with epoch 2" in capsys.readouterr().err
+    decayed, rest = state(run)["optimizers"]["model"]["param_groups"]
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (5.0, 0.0)
+    assert state(run, "best")["progress"]["epoch"] == 2
+    mae = read(run)["final"]["metrics"]["size"]["mae"]
+    assert state(run)["progress"]["best_score"] == -mae
+
+
+def test_best_by_of_a_task_that_a_stage_does_not_have(capsys):
+    stages = ("schedule=transfer", "schedule.stages.probe.only=[shape]")
+    assert train("epochs=1", *stages, "best_by=size", "run_name=it") == 0
+    text = capsys.readouterr().err
+    assert text.count("stage probe: has no size (has shape); the mean gain decides") == 1
+    found = state(Path("outputs/synthetic/it"))["progress"]
+    assert found["best_by"] == "size"
+    assert found["best_score"] == -found["best"]["metrics"]["size"]["mae"]
+
+
+def test_double_precision_is_evaluated_and_predicted_as_trained(made, photos, capsys):
+    run = made("epochs=1", "precision=fp64")
+    metrics = json.loads(say("eval", str(run), "--json", capsys=capsys))["metrics"]
+    assert metrics == read(run)["best"]["metrics"]
+    assert say("predict", str(run), str(photos[0]), capsys=capsys).count("p00.png") == 3
+
+
 # --- using the model -----------------------------------------------------------------------------
 
 
