@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ usage: mtl data ls                                             tasks that come w
        mtl data prepare TASK [key=value ...]                   unpack, decode, fetch weights
        mtl data cache ls | clear [NAME]                        decoded images kept on disk
 """
+PICTURES = (".png", ".jpg", ".jpeg")  # formats of --write for preview
 _EVERY_S = 5.0
 
 
@@ -90,6 +92,10 @@ def run(args: list[str], compose: Compose, say: Say, options: dict[str, str] | N
         raise ConfigError(f"mtl data {verb}: which task? e.g. mtl data {verb} synthetic")
     if verb == "inspect" and words[0] in ("csv", "table"):
         return _inspect_table(words[1:], say, options)
+    if verb == "preview" and Path(options.get("write", "x.png")).suffix not in PICTURES:
+        raise ConfigError(
+            f"--write: found {options['write']}, expected a name that ends in {', '.join(PICTURES)}"
+        )
     first = words[0] if "=" in words[0] else f"task={words[0]}"
     cfg = compose([first, *words[1:]])
     verbs[verb](_open(cfg, say), say, options)
@@ -155,7 +161,10 @@ def _preview(data: DataSet, say: Say, options: dict[str, str]) -> None:
     from mtl_cli.data.survey import sheet
 
     path = Path(options.get("write", f"preview-{data.source.name}.png"))
-    count = sheet(data, path)
+    try:
+        count = sheet(data, path)
+    except OSError as error:
+        raise ConfigError(f"--write: cannot write {path} ({error.strerror or error})") from error
     say(f"{path}: {count} training images as the network sees them")
 
 
@@ -206,7 +215,7 @@ def _inspect_table(words: list[str], say: Say, options: dict[str, str]) -> int:
     except OSError as error:
         raise ConfigError(f"--write: cannot write {target} ({error.strerror})") from error
     place = target if target.is_absolute() or target.parts[0] == ".." else f"./{target}"
-    say(f"{target} written; look it over, then: mtl train task={place}")
+    say(f"{target} written; look it over, then: {shlex.join(['mtl', 'train', f'task={place}'])}")
     return OK
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +49,13 @@ class Csv:
     def __len__(self) -> int:
         return len(self.records)
 
-    def column(self, name: str, key: str) -> list[str | None]:
+    def column(self, name: str, key: str, classes: Sequence[str] = ()) -> list[str | None]:
         """Cells of a column, None where missing.
 
         Args:
             name: the column.
             key: config key that asks for it, for the message.
+            classes: names that are known, even where they mean "missing" elsewhere (none, NA).
 
         Raises:
             DataError: there is no such column.
@@ -64,7 +66,16 @@ class Csv:
                 f"{nearest(name, self.columns)}"
             )
         at = self.columns.index(name)
-        return [None if is_missing(record[at]) else record[at] for record in self.records]
+        known = {text.strip().casefold() for text in classes}
+        return [
+            None if is_missing(cell) and cell.casefold() not in known else cell
+            for cell in (record[at] for record in self.records)
+        ]
+
+    @property
+    def decimal_comma(self) -> bool:
+        """Whether 1,5 is a number: not where the comma separates cells, 1,751 may be thousands."""
+        return self.separator != ","
 
     def where(self, row: int) -> str:
         """``labels.csv:17``."""
@@ -90,7 +101,9 @@ def read(path: str | Path, separator: str = "auto") -> Csv:
     if separator == "auto":
         separator = max(SEPARATORS, key=lambda s: len(next(csv.reader([first], delimiter=s))))
     rows = _rows(path, text, separator)
-    header = [name.strip() for name in next(rows)[1]]
+    header = [name.strip() for name in next(rows, (0, []))[1]]
+    if not header:
+        raise DataError(f"{path}: empty (found separators only, expected a header line and rows)")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise DataError(f"{path}: column {', '.join(twice)} appears twice in the header")
@@ -115,12 +128,36 @@ def is_missing(cell: str) -> bool:
     return cell.lower() in MISSING
 
 
-def number(text: str) -> float | None:
-    """Value of a cell, None if it is not a number; a decimal comma counts as a point."""
+def number(text: str, decimal_comma: bool = False) -> float | None:
+    """Value of a cell, None if it is not a number; a decimal comma counts as a point if allowed."""
     text = text.strip()
-    if _COMMA_NUMBER.fullmatch(text):
+    if decimal_comma and _COMMA_NUMBER.fullmatch(text):
         text = text.replace(",", ".")
     return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def ambiguous(text: str) -> bool:
+    """Whether a cell is a number with one comma: a decimal one, or one of thousands."""
+    return _COMMA_NUMBER.fullmatch(text.strip()) is not None
+
+
+def doubles(table: Csv, cells: Sequence[str | None]) -> list[str]:
+    """Rows whose image an earlier row has already: ``labels.csv:9: a.jpg has a row already ...``.
+
+    Args:
+        table: where the cells come from.
+        cells: file name per row; ``a.jpg`` and ``./a.jpg`` are one file.
+    """
+    seen: dict[str, int] = {}
+    found = []
+    for row, cell in enumerate(cells):
+        if cell is None:
+            continue
+        first = seen.setdefault(os.path.normpath(cell), row)
+        if first != row:
+            line = table.lines[first]
+            found.append(f"{table.where(row)}: {cell} has a row already in line {line}")
+    return found
 
 
 def tags(cell: str) -> list[str]:
@@ -151,7 +188,12 @@ def _decode(path: Path) -> tuple[str, list[str]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return raw.decode("utf-16"), []
+        try:
+            return raw.decode("utf-16"), []
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: damaged UTF-16 (byte {error.start}: {error.reason}); save it again"
+            ) from error
     try:
         return raw.decode("utf-8-sig"), []
     except UnicodeDecodeError as error:

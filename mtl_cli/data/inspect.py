@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from mtl_cli.metric_names import DEFAULT_METRICS
 SAMPLE = 200  # cells looked at to find the column of images
 DECODED = 2000  # images decoded to find unreadable ones
 MOST_CLASSES = 200
+FEW = 10  # different cells of a column that is left out and may yet hold classes
 MEMBERS = 3  # a class has this many rows on average, else the column is free text
 _UNITS = {
     "eur": "EUR", "usd": "USD", "gbp": "GBP", "chf": "CHF", "krw": "KRW", "jpy": "JPY",
@@ -79,6 +81,7 @@ class Inspection:
         suffix: appended to the file names.
         columns: one per column.
         absent: rows whose file is not there, ``labels.csv:17: photos/a.jpg``.
+        doubles: rows for an image that has one already.
         unreadable: messages of images that cannot be decoded.
         decoded: how many images were tried.
         notes: warnings.
@@ -89,6 +92,7 @@ class Inspection:
     suffix: str
     columns: list[Column]
     absent: list[str]
+    doubles: list[str]
     unreadable: list[str]
     decoded: int
     notes: list[str]
@@ -138,8 +142,9 @@ def inspect(
     unreadable = _unreadable(present[::step])
     notes = [*text.notes, *_warnings(columns, text)]
     return Inspection(
-        text, folder, suffix, columns, absent, unreadable, len(present[::step]), notes
-    )
+        text, folder, suffix, columns, absent, csvfile.doubles(text, text.column(images, "image")),
+        unreadable, len(present[::step]), notes,
+    )  # fmt: skip
 
 
 def lines(found: Inspection, table: Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]) -> list[str]:  # fmt: skip
@@ -158,9 +163,13 @@ def lines(found: Inspection, table: Callable[[Sequence[str], Sequence[Sequence[s
         what = {"output": column.kind, "ignored": "left out"}.get(column.role, column.role)
         rows.append([column.name, what, column.unit, share, column.detail])
     out += [*table(["column", "taken as", "unit", "missing", "values"], rows), ""]
-    for title, problems in (("not found", found.absent), ("unreadable", found.unreadable)):
+    for title, problems in (
+        ("images not found", found.absent),
+        ("rows too many; training wants one per image", found.doubles),
+        ("images unreadable", found.unreadable),
+    ):
         if problems:
-            out.append(f"{len(problems)} images {title}:")
+            out.append(f"{len(problems)} {title}:")
             out += [f"  {line}" for line in problems[:5]]
             out += [f"  ... and {len(problems) - 5} more"] if len(problems) > 5 else []
     if found.decoded and not found.unreadable:
@@ -182,8 +191,9 @@ def to_yaml(found: Inspection, name: str) -> str:
     if not outputs:
         raise DataError(f"{found.text.path}: no column to learn (expected numbers or classes)")
     bad = "mask" if found.absent or found.unreadable else "error"
+    command = shlex.join(["mtl", "train", f"task=./{name}.yaml"])
     head = [
-        f"# {len(found.text)} images with labels: mtl train task=./{name}.yaml",
+        f"# {len(found.text)} images with labels: {command}",
         "# Written by mtl data inspect; edit freely, take out what should not be learned.",
         f"name: {_quoted(name)}",
         _noted("data:", "any key of mtl conf show data/csv may be set here"),
@@ -272,10 +282,15 @@ def _classify(column: Column, cells: list[str], text: Csv) -> None:
     elif _is_group(key, counts, len(text)):
         column.role = "group"
         column.detail = f"{len(counts)} groups of up to {max(counts.values())} images"
-    elif all(number(cell) is not None for cell in counts):
-        _numeric(column, [n for n in map(number, cells) if n is not None], key, len(text))
+    elif None not in (values := [number(cell, text.decimal_comma) for cell in cells]):
+        _numeric(column, [n for n in values if n is not None], key, len(text))
+    elif unclear := _unclear(counts, text.decimal_comma):
+        column.detail = (
+            f"text: {', '.join(unclear[:3])} may be thousands or decimals; write these cells without "
+            "a comma, or separate the columns by ;"
+        )
     else:
-        _textual(column, counts, len(cells))
+        _textual(column, counts, len(cells), text.decimal_comma)
 
 
 def _numeric(column: Column, values: list[float], key: str, rows: int) -> None:
@@ -304,7 +319,7 @@ def _numeric(column: Column, values: list[float], key: str, rows: int) -> None:
     column.detail = f"{low:g}..{high:g}, median {middle:g}"
 
 
-def _textual(column: Column, counts: Counter[str], known: int) -> None:
+def _textual(column: Column, counts: Counter[str], known: int, decimal_comma: bool) -> None:
     words = Counter(tag for cell, count in counts.items() for tag in tags(cell) * count)
     several = sum(count for cell, count in counts.items() if len(tags(cell)) > 1)
     if several >= 0.1 * known and len(words) <= MOST_CLASSES and known >= MEMBERS * len(words):
@@ -318,10 +333,18 @@ def _textual(column: Column, counts: Counter[str], known: int) -> None:
         column.role, column.kind, column.classes = "output", "multiclass", sorted(counts)
         column.detail = f"{len(counts)} classes: {_common(counts)}"
     else:
-        odd = [cell for cell in counts if number(cell) is None]
+        odd = [cell for cell in counts if number(cell, decimal_comma) is None]
         column.detail = f"{len(counts)} different texts"
         if len(odd) <= 0.05 * len(counts):
             column.detail = f"numbers, but also {', '.join(odd[:3])}; correct or empty these cells"
+
+
+def _unclear(counts: Counter[str], decimal_comma: bool) -> list[str]:
+    """Numbers with a comma in a column that has nothing but numbers and such."""
+    if decimal_comma:
+        return []
+    odd = [cell for cell in counts if number(cell) is None]
+    return odd if all(map(csvfile.ambiguous, odd)) else []
 
 
 def _is_group(key: str, counts: Counter[str], rows: int) -> bool:
@@ -338,6 +361,7 @@ def _keep_one_group(columns: list[Column]) -> None:
 def _warnings(columns: Sequence[Column], text: Csv) -> list[str]:
     notes = []
     for column in columns:
+        notes += _read_as_missing(column, text)
         if column.role == "output" and column.kind in ("binary", "multiclass"):
             counts = Counter(cell for cell in text.column(column.name, "") if cell)
             rare = [cell for cell, count in counts.items() if count < 10]
@@ -349,6 +373,23 @@ def _warnings(columns: Sequence[Column], text: Csv) -> list[str]:
                 f"{column.name}: more than half is missing; those rows teach the others only"
             )
     return notes
+
+
+def _read_as_missing(column: Column, text: Csv) -> list[str]:
+    """A column of names may mean a class by a word that usually says "missing"."""
+    if column.role not in ("output", "ignored") or column.kind == "regression":
+        return []
+    at = text.columns.index(column.name)
+    cells = Counter(record[at] for record in text.records if record[at])
+    words = {cell: count for cell, count in cells.items() if csvfile.is_missing(cell)}
+    classes = column.classes or sorted(set(cells) - set(words))
+    if len(classes) > MOST_CLASSES or (column.role == "ignored" and len(classes) > FEW):
+        return []
+    return [
+        f"{column.name}: {count} cells say '{word}', read as missing; if it is a class, list it: "
+        f"kind: multiclass, classes: [{', '.join(_quoted(c) for c in [*classes, word])}]"
+        for word, count in words.items()
+    ]
 
 
 def _unreadable(paths: Sequence[Path]) -> list[str]:

@@ -8,6 +8,7 @@ loss can be computed first and masked afterwards without ever meeting a NaN.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from mtl_cli.task import KINDS, Task
 if TYPE_CHECKING:
     from mtl_cli.data.base import Table
 
+log = logging.getLogger(__name__)
 SHOWN = 5  # problems listed in one message
 NAN = float("nan")
 
@@ -84,22 +86,22 @@ def _fits(kind: str, count: int) -> bool:
 
 
 def class_values(
-    names: Iterable[str | None], output: str, classes: Sequence[str]
+    names: Iterable[str | None], output: str, classes: Sequence[str], decimal_comma: bool = False
 ) -> tuple[Tensor, list[Problem]]:
     """Look class names up, ignoring case and surrounding space; None is a missing label.
 
-    A whole number is an index, unless the classes themselves are called by numbers; ``3.0``, as
-    spreadsheets write it beside empty cells, is 3.
+    A whole number is an index, unless the classes themselves are called by numbers; ``3.0`` (with
+    ``decimal_comma`` also ``3,0``), as spreadsheets write it beside empty cells, is 3.
 
     Returns:
         Class indices float64 [N] with NaN for missing and unknown names, and the unknown ones.
     """
     index = {name.strip().casefold(): float(i) for i, name in enumerate(classes)}
-    numbered = any(number(name) is not None for name in classes)
+    numbered = any(number(name, decimal_comma) is not None for name in classes)
     values, problems = [], []
     for row, name in enumerate(names):
         value = NAN if name is None else index.get(name.strip().casefold())
-        if value is None and name is not None and (code := number(name)) is not None:
+        if value is None and name is not None and (code := number(name, decimal_comma)) is not None:
             whole = str(int(code)) if code.is_integer() else name
             value = index.get(whole) if numbered else (code if code.is_integer() else None)
         if value is None:
@@ -141,10 +143,14 @@ def check(table: Table, tasks: Sequence[Task], policy: str) -> dict[str, Tensor]
         table.labels[task.name] = raw.masked_fill(bad[task.name], float("nan"))
     for problem in table.problems:
         bad[problem.output][problem.row] = True
+    problems.sort(key=lambda p: p.row)
+    lines = [f"{table.where(p.row)}: {p.output}: {p.text}" for p in problems[:SHOWN]]
     if problems and policy == "error":
-        problems.sort(key=lambda p: p.row)
-        lines = [f"{table.where(p.row)}: {p.output}: {p.text}" for p in problems[:SHOWN]]
         raise DataError(summed(lines, len(problems), "data.bad_label=mask masks and counts them"))
+    for line in lines:
+        log.warning("masked: %s", line)
+    if len(problems) > SHOWN:
+        log.warning("masked: %d more labels", len(problems) - SHOWN)
     return bad
 
 

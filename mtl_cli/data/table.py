@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtl_cli.data import csvfile
 from mtl_cli.data.base import Source, Table
-from mtl_cli.data.csvfile import Csv, number
+from mtl_cli.data.csvfile import Csv, ambiguous, number
 from mtl_cli.data.files import identity
 from mtl_cli.data.images import load
 from mtl_cli.data.labels import NAN, SHOWN, Problem, class_values, listed, summed
@@ -27,7 +27,7 @@ class CsvTable(Source):
     """One row per image; every output learns a column.
 
     A column is found by ``outputs.NAME.column``, else by the output's name. Empty cells and NA, NaN,
-    null, none, ? are missing labels. Classes are written as names, or as numbers 0..C-1. A
+    null, none, ? are missing labels, unless a class is called so. Classes are written as names, or as numbers 0..C-1. A
     multilabel output reads one column of tags (``red|large``), or 0/1 columns named as its classes.
 
     Args:
@@ -96,20 +96,16 @@ class CsvTable(Source):
 
     def _images(self, text: Csv) -> list[str]:
         cells = text.column(self.image_column, "data.image_column")
-        seen: dict[str, int] = {}
-        names, problems = [], []
-        for row, cell in enumerate(cells):
-            if cell is None:
-                problems.append(f"{text.where(row)}: {self.image_column}: no image")
-            elif cell in seen:
-                problems.append(f"{text.where(row)}: {cell} has a row already in line {seen[cell]}")
-            else:
-                seen[cell] = text.lines[row]
-            names.append(f"{cell}{self.suffix}")
+        problems = [
+            f"{text.where(row)}: {self.image_column}: no image"
+            for row, cell in enumerate(cells)
+            if cell is None
+        ]
+        problems += csvfile.doubles(text, cells)
         if problems:
             remedy = f"correct {self.path.name}, one row per image"
             raise DataError(summed(problems[:SHOWN], len(problems), remedy))
-        return names
+        return [f"{cell}{self.suffix}" for cell in cells]
 
     def _split(self, text: Csv, column: str) -> list[str]:
         names, problems = [], []
@@ -130,15 +126,16 @@ def _labels(text: Csv, output: str, spec: Mapping[str, Any]) -> tuple[Tensor, li
     classes = [str(c) for c in spec.get("classes") or ()]
     if kind == "multilabel":
         return _multilabel(text, output, column, classes)
-    cells = text.column(column, f"outputs.{output}")
     if kind == "regression":
-        return _numbers(cells, output, "a number")
+        cells = text.column(column, f"outputs.{output}")
+        return _numbers(cells, output, "a number", text.decimal_comma)
+    cells = text.column(column, f"outputs.{output}", classes)
     if kind == "binary":
         classes = classes or ["no", "yes"]
         known = {name.casefold() for name in classes}
         cells = [cell if cell is None or cell.casefold() in known
                  else _as_class(cell, classes) for cell in cells]  # fmt: skip
-    return class_values(cells, output, classes)
+    return class_values(cells, output, classes, text.decimal_comma)
 
 
 def _as_class(cell: str, classes: Sequence[str]) -> str:
@@ -149,13 +146,14 @@ def _as_class(cell: str, classes: Sequence[str]) -> str:
 
 
 def _numbers(
-    cells: Sequence[str | None], output: str, expected: str
+    cells: Sequence[str | None], output: str, expected: str, decimal_comma: bool = False
 ) -> tuple[Tensor, list[Problem]]:
     values, problems = [], []
     for row, cell in enumerate(cells):
-        value = NAN if cell is None else number(cell)
-        if value is None:
-            problems.append(Problem(row, output, f"found '{cell}', expected {expected}"))
+        value = NAN if cell is None else number(cell, decimal_comma)
+        if cell is not None and value is None:
+            why = " without a comma: thousands or decimals?" if ambiguous(cell) else ""
+            problems.append(Problem(row, output, f"found '{cell}', expected {expected}{why}"))
             value = NAN
         values.append(value)
     return torch.tensor(values, dtype=torch.float64), problems
@@ -173,13 +171,15 @@ def _multilabel(
                 f"{nearest(column, text.columns)}"
             )
         parts = [
-            _numbers([_truth(c) for c in text.column(name, output)], output, "0 or 1")
+            _numbers(
+                [_truth(c) for c in text.column(name, output)], output, "0 or 1", text.decimal_comma
+            )
             for name in classes
         ]
         return torch.stack([values for values, _ in parts], 1), [p for _, ps in parts for p in ps]
     index = {name.casefold(): i for i, name in enumerate(classes)}
     values, problems = torch.zeros(len(text), len(classes), dtype=torch.float64), []
-    for row, cell in enumerate(text.column(column, f"outputs.{output}")):
+    for row, cell in enumerate(text.column(column, f"outputs.{output}", classes)):
         names = [] if cell is None else csvfile.tags(cell)
         unknown = [name for name in names if name.casefold() not in index]
         if unknown:

@@ -47,6 +47,13 @@ def test_inspect_check_prepare_preview(capsys, tmp_path, monkeypatch):
     assert clear() == []
 
 
+def test_a_sheet_that_cannot_be_written(capsys):
+    for name, words in (("x.txt", ".png, .jpg"), ("nowhere/x.png", "No such file or directory")):
+        code, _, err = _run(capsys, "preview", "synthetic", *SMALL, "--write", name)
+        assert code == 2
+        assert words in err
+
+
 def test_check_lists_bad_and_doubled_images(capsys, tmp_path):
     folder = tmp_path / "UTKFace"
     folder.mkdir()
@@ -76,6 +83,17 @@ def test_wrong_words(capsys):
     assert code == 0
     assert "mtl data inspect csv" in out
     assert "utkface" in _run(capsys, "ls")[1]
+
+
+def test_the_command_to_type_next_is_quoted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "labels.csv").write_text("file,y\na.png,1.5\nb.png,2.5\n")
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    words = ("inspect", "csv", "data.table=labels.csv", "--write", "a b/c d.yaml")
+    assert "then: mtl train 'task=./a b/c d.yaml'" in _run(capsys, *words)[1]
+    assert "mtl train 'task=./c d.yaml'" in (tmp_path / "a b" / "c d.yaml").read_text()
 
 
 def test_inspecting_a_table_needs_no_torch(tmp_path):

@@ -93,7 +93,8 @@ def test_broken_tables_are_told_by_line(tmp_path, text, message):
 
 def test_numbers():
     cases = {"1": 1, "-2.5e3": -2500, "3,25": 3.25, ".5": 0.5, "inf": float("inf")}
-    assert {text: csvfile.number(text) for text in cases} == cases
+    assert {text: csvfile.number(text, decimal_comma=True) for text in cases} == cases
+    assert csvfile.number("1,751") is None, "thousands or decimals?"
     for text in ("", "1_000", "0x10", "twelve", "1,000.5", "12 cm", "nan"):
         assert csvfile.number(text) is None
 
@@ -311,3 +312,55 @@ def test_names_that_yaml_would_misread_are_quoted():
     for text in ("no", "1", "a b", "ü", "x: y", "#", "", "null", "plain-name"):
         assert yaml.safe_load(inspect._quoted(text)) == text
     assert json.loads(inspect._quoted("on")) == "on"
+
+
+def test_a_comma_in_a_number_of_a_comma_separated_table(tmp_path):
+    """1,751 may be a large number or a small one: nothing is guessed."""
+    rows = "".join(f'p{k:02d}.jpg,"1,{700 + k}"\n' for k in range(12))
+    where = _write(tmp_path, f"file,price\n{rows}", photos=12)
+    with pytest.raises(DataError, match=r"labels.csv:2 .*found '1,700', expected a number without"):
+        DataSet(
+            CsvTable(**where),
+            {"price": {"kind": "regression"}},
+            DataOptions(),
+            augment=Light(),
+            seed=0,
+        )
+    found = inspect.inspect(where["table"], where["root"])
+    (price,) = [column for column in found.columns if column.name == "price"]
+    assert price.role == "ignored"
+    assert "1,700, 1,701, 1,702 may be thousands or decimals" in price.detail
+
+
+def test_a_class_that_is_called_none(tmp_path):
+    """Listed classes win over the words for a missing label; inspect says how to list them."""
+    rows = "".join(f"p{k:02d}.jpg,{('none', 'dent', 'scratch')[k % 3]}\n" for k in range(12))
+    where = _write(tmp_path, f"file,flaw\n{rows}", photos=12)
+    spec = {"flaw": {"kind": "multiclass", "classes": ["none", "dent", "scratch"]}}
+    assert CsvTable(**where).table(spec).labels["flaw"].tolist() == [0.0, 1.0, 2.0] * 4
+    binary = {"flaw": {"kind": "binary", "classes": ["None", "dent"]}}
+    assert CsvTable(**where).table(binary).labels["flaw"][:2].tolist() == [0.0, 1.0]
+    tags = {"flaw": {"kind": "multilabel", "classes": ["none", "dent", "scratch"]}}
+    assert CsvTable(**where).table(tags).labels["flaw"][0].tolist() == [1.0, 0.0, 0.0]
+    (note,) = [n for n in inspect.inspect(where["table"], where["root"]).notes if "none" in n]
+    assert "flaw: 4 cells say 'none', read as missing" in note
+    assert "kind: multiclass, classes: [dent, scratch, none]" in note
+
+
+def test_two_rows_for_one_file(tmp_path):
+    where = _write(tmp_path, "file,kind\np00.jpg,a\np01.jpg,b\n./p00.jpg,a\np01.jpg,b\n")
+    with pytest.raises(DataError, match=r"labels.csv:4: ./p00.jpg has a row already in line 2"):
+        CsvTable(**where).table({"kind": {"kind": "multiclass", "classes": ["a", "b"]}})
+    text = inspect.lines(inspect.inspect(where["table"], where["root"]), lambda header, rows: [])
+    assert "2 rows too many; training wants one per image:" in text
+    assert "  labels.csv:5: p01.jpg has a row already in line 3" in text
+
+
+def test_tables_without_content(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text(",,\n,,\n")
+    with pytest.raises(DataError, match="found separators only"):
+        csvfile.read(path)
+    path.write_bytes("file,kind\na,b\n".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="damaged UTF-16"):
+        csvfile.read(path)
