@@ -96,11 +96,26 @@ class Predictor:
             outputs = self.model(as_input(batch.to(self.device), self.dtype))
         return {name: out.float().cpu() for name, out in outputs.items()}
 
-    def batches(self, paths: Sequence[str]) -> Iterator[tuple[Sequence[str], dict[str, Tensor]]]:
-        """Raw outputs for many files, ``BATCH`` at a time."""
+    def batches(
+        self, paths: Sequence[str], failed: list[str]
+    ) -> Iterator[tuple[Sequence[str], dict[str, Tensor]]]:
+        """Names and raw outputs of many files, ``BATCH`` at a time.
+
+        Args:
+            paths: the files.
+            failed: takes a message for every file that cannot be decoded; it is left out.
+        """
         for start in range(0, len(paths), BATCH):
-            names = paths[start : start + BATCH]
-            yield names, self.raw(torch.stack([self.decode(name) for name in names]))
+            names, decoded = [], []
+            for path in paths[start : start + BATCH]:
+                try:
+                    decoded.append(self.decode(path))
+                except DataError as error:
+                    failed.append(str(error))
+                else:
+                    names.append(path)
+            if names:
+                yield names, self.raw(torch.stack(decoded))
 
 
 def _refuse_odd(image: object) -> None:

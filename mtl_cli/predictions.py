@@ -32,8 +32,8 @@ def rows(
         labels: task -> (encoded targets, valid), for a column ``label``; empty where missing.
 
     Returns:
-        dicts with the keys of ``COLUMNS``; the probability is that of the class (of every label,
-        joined by ``|``, for multilabel).
+        dicts with the keys of ``COLUMNS``; the probability is that of the class (for multilabel of
+        every label, ``red=0.9912|large=0.0200``).
     """
     by_task = []
     for task in tasks:
@@ -71,7 +71,7 @@ def _decode(task: Task, raw: Tensor) -> list[Row]:
         return [
             {
                 "class": "|".join(n for n, p in zip(names, ps, strict=True) if p > 0.5),
-                "probability": "|".join(f"{p:.4f}" for p in ps),
+                "probability": "|".join(f"{n}={p:.4f}" for n, p in zip(names, ps, strict=True)),
             }
             for ps in raw.sigmoid().tolist()
         ]

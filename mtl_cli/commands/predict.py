@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtl_cli import allow
 from mtl_cli.commands.arguments import split
 from mtl_cli.errors import OK, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mtl_cli.predictions import Row
 
 USAGE = "mtl predict RUN|CHECKPOINT IMAGE|DIR... [--out FILE.csv|FILE.jsonl] [--device D] [--allow-code PKG]"
 
@@ -30,7 +34,7 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
 
     Raises:
         ConfigError: wrong command line.
-        DataError: no such image, or one that cannot be decoded.
+        DataError: no such image, or some that cannot be decoded; the others' rows are written first.
         CheckpointError: no usable checkpoint.
     """
     words, options = split(args, ("--out", "--device", "--allow-code"), (), USAGE)
@@ -42,24 +46,37 @@ def run(args: Sequence[str], say: Callable[[str], None]) -> int:
         raise ConfigError(f"predict: --out {out}: unknown format (expected .csv or .jsonl)")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"predict: --out {out}: no such directory as {out.parent}")
+    from mtl_cli.data.labels import SHOWN, summed
     from mtl_cli.predict import Predictor
-    from mtl_cli.predictions import rows, to_csv
+    from mtl_cli.predictions import rows
 
     paths = _images(words[1:])
     predictor = Predictor.load(words[0], device=options.get("--device", "auto"))
-    table = []
-    for names, raw in predictor.batches(paths):
+    table: list[Row] = []
+    failed: list[str] = []
+    for names, raw in predictor.batches(paths, failed):
         table += rows(names, predictor.tasks, raw)
+    _write(table, out, say)
+    if out is not None:
+        say(f"{len(table)} predictions for {len(paths) - len(failed)} images in {out}")
+    if failed:
+        remedy = f"{len(failed)} of {len(paths)} images have no prediction; replace them"
+        raise DataError(summed(failed[:SHOWN], len(failed), remedy))
+    return OK
+
+
+def _write(table: list[Row], out: Path | None, say: Callable[[str], None]) -> None:
+    from mtl_cli.predictions import to_csv
+
     if out is None:
         for line in to_csv(table).splitlines():
             say(line)
-        return OK
-    if out.suffix == ".csv":
-        out.write_text(to_csv(table))
-    else:
-        out.write_text("".join(json.dumps(row) + "\n" for row in table))
-    say(f"{len(table)} predictions for {len(paths)} images in {out}")
-    return OK
+        return
+    lines = "".join(json.dumps(row) + "\n" for row in table)
+    try:
+        out.write_text(to_csv(table) if out.suffix == ".csv" else lines)
+    except OSError as error:
+        raise ConfigError(f"predict: --out: cannot write {out} ({error.strerror})") from error
 
 
 def _images(words: Sequence[str]) -> list[str]:
