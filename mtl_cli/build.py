@@ -239,6 +239,9 @@ class StageBuilder:
             data.prepare(progress=self._progress)
             for note in data.report["notes"]:
                 self.say(note)
+            if masked := data.masked:
+                counts = ", ".join(f"{count} {what}" for what, count in masked.items())
+                self.say(f"data: masked as bad: {counts}; mtl.log names the first of them")
         return self._data[key]
 
     def _progress(self, what: str, done: int, total: int) -> None:

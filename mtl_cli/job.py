@@ -324,6 +324,7 @@ def summarise(
         "final": progress.final,
         "best_task": progress.best_task,
         "baseline": work.baseline,
+        "masked": work.data.masked,
         "directions": {t.name: {m: direction(m) for m in t.metrics} for t in work.tasks},
         "units": {t.name: {m: console.unit(t.unit, m) for m in t.metrics} for t in work.tasks},
         "stages": progress.outcomes,

@@ -347,6 +347,16 @@ class DataSet:
             "notes": list(self.table.notes),
         }
 
+    @property
+    def masked(self) -> dict[str, int]:
+        """What the splits hold and nothing learns from: ``images``, and labels by output; no zeros."""
+        report = self.report
+        used = {row for rows in self.splits.values() for row in rows.tolist()}
+        found = {"images": len(used & set(report["bad_images"]))}
+        for name, counts in report["tasks"].items():
+            found[f"labels of {name}"] = sum(count["bad"] for count in counts.values())
+        return {what: count for what, count in found.items() if count}
+
     def close(self) -> None:
         """End the worker processes."""
         self._train_loader = self._eval_loader = None

@@ -205,6 +205,18 @@ def test_predict_from_shell_and_python_agree(made, photos, capsys):
     assert mtl_cli.load(str(run / "checkpoints" / "last.pt")).predict(pixels) != {}
 
 
+def test_predict_goes_on_after_an_image_that_is_none(made, photos, capsys):
+    run = made("epochs=2")
+    photos[3].write_bytes(b"<html>gone</html>")
+    assert main(["predict", str(run), str(photos[0].parent), "--out", "a.csv"]) == 3
+    error = capsys.readouterr().err
+    assert "p03.png" in error
+    assert "1 of 40 images have no prediction" in error
+    assert len(Path("a.csv").read_text().splitlines()) == 1 + 3 * 39
+    assert main(["predict", str(run), str(photos[0]), "--out", "/proc/o.csv"]) == 2
+    assert "cannot write /proc/o.csv" in capsys.readouterr().err
+
+
 def own_table(photos: list[Path]) -> Path:
     """Labels of a user: a price with holes, a colour, a flag, their own split."""
     table = photos[0].parent.parent / "labels.csv"

@@ -166,17 +166,28 @@ def test_an_image_that_is_none(kind, fails, tmp_path, capsys):
     assert status(run)["exit_code"] == 3
     if kind == "truncated":
         masked = ("data.bad_image=mask", "epochs=1", "display=plain")
-        assert main(["train", "task=utkface", "data.root=faces", *PLAIN, *masked]) == 0
+        capsys.readouterr()
+        assert (
+            main(["train", "task=utkface", "data.root=faces", *PLAIN, *masked, "run_name=m"]) == 0
+        )
+        assert "data: masked as bad: 1 images" in capsys.readouterr().err
+        run = Path("outputs/utkface/m")
+        assert json.loads((run / "summary.json").read_text())["masked"] == {"images": 1}
 
 
-def test_a_class_out_of_range(fails, tmp_path):
+def test_a_class_out_of_range(fails, tmp_path, capsys):
     table(tmp_path, "cup pan jar " * 8 + "lid")
     small = ("task=./kitchen.yaml", "data.image_size=16", "data.batch_size=4", "epochs=1")
     line = fails(3, "train", *small)
     assert "labels.csv:26" in line
     assert "'lid'" in line
     assert "cup, pan, jar" in line
-    assert main(["train", *small, "data.bad_label=mask", "backbone.width=4"]) == 0
+    masked = ("data.bad_label=mask", "backbone.width=4", "run_name=m")
+    assert main(["train", *small, *masked]) == 0
+    assert "data: masked as bad: 1 labels of kind" in capsys.readouterr().err
+    run = Path("outputs/kitchen/m")
+    assert "masked: labels.csv:26 (24.png): kind: found 'lid'" in (run / "mtl.log").read_text()
+    assert json.loads((run / "summary.json").read_text())["masked"] == {"labels of kind": 1}
 
 
 def test_an_output_without_a_label(fails, tmp_path):
