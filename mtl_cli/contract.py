@@ -93,7 +93,10 @@ def _idle_rules(tree: Mapping[str, Any]) -> Found:
     places = [("unfreeze_at", tree, stages)]
     places += [(f"{where}.unfreeze_at", stage, [(where, stage)]) for where, stage in stages]
     for place, node, reached in places:
-        for name, epoch in _mapping(node.get("unfreeze_at")).items():
+        rules = _mapping(node.get("unfreeze_at"))
+        for name, epoch in rules.items():
+            if any(other.startswith(f"{name}.") for other in rules):
+                continue  # it rests all but the part that the longer rule names
             reasons = [_idle(name, epoch, stage, tree) for _, stage in reached]
             if reasons and all(reasons):
                 yield place, f"{place}.{name}: never acts ({reasons[-1]})"

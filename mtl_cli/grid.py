@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -70,7 +72,10 @@ def settle(jobs: Sequence[Job], root: Path, swept: Sequence[str]) -> None:
 
     A larger grid names its jobs by more keys, so the name alone would do again what is done.
     """
-    saved = {path.parent.name: read_yaml(path) for path in sorted(root.glob(f"*/{resume.CONFIG}"))}
+    saved: dict[str, dict[str, Any]] = {}
+    for path in sorted(root.glob(f"*/{resume.CONFIG}")):
+        with contextlib.suppress(ConfigError):  # the job of that name says that it is damaged
+            saved[path.parent.name] = read_yaml(path)
     homes: dict[str, str] = {}  # key of a job -> name of its directory
     for free in (("resume",), tuple(key for key in resume.FREE if key not in swept)):
         names: dict[str, list[str]] = {}

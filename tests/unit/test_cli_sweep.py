@@ -189,6 +189,15 @@ def test_a_new_axis_and_more_epochs_continue_what_is_done(job, root):
     assert all(resumed is None for _, resumed, _ in job.started), "20 epochs are done"
 
 
+def test_a_damaged_config_costs_its_own_job_only(job, root, capsys):
+    main(["train", "-m", "seed=1,2"])
+    (root() / "seed-1" / "config.yaml").write_text("a: [")
+    job.started.clear()
+    assert main(["train", f"resume={root()}"]) == 7
+    assert "seed-1/config.yaml:1:" in capsys.readouterr().out
+    assert job.started == []
+
+
 def test_a_job_whose_state_does_not_fit_is_reported_and_kept(job, root, capsys):
     main(["train", "-m", "seed=1,2"])
     assert main(["train", f"resume={root()}", "backbone.width=8"]) == 7
