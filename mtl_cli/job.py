@@ -77,11 +77,12 @@ def run_job(
     except Stopped as stopped:
         return finish(directory, "interrupted", STOPPED, f"stopped by {stopped}")
     except Exception as error:
+        # torch reports a dead worker wherever the main thread is, and again with every other one
+        # that ends: not while this is written down
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         error = understood(error)
         if stop and isinstance(error, WorkerLost):
-            # the signal went to the whole group; torch reports a dead worker wherever the main
-            # thread is, so the last checkpoint stands
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # the signal went to the whole group: the last checkpoint stands
             return finish(directory, "interrupted", STOPPED, f"stopped by {stop.signal}")
         return fail(directory, error, debug)
     finally:
@@ -140,10 +141,8 @@ def train_in(
         directory.begun = True
         log.info("%s from step %d", directory.path, progress.total_steps)
 
-    if config["resume"]:
-        builder.built = (
-            begin  # what is typed now may yet be refused: the run is as it was till then
-        )
+    if config["resume"]:  # what is typed now may yet be refused: the run is as it was till then
+        builder.built = begin
     else:
         begin()
     display.start({"run": str(directory.path), **describe(config, where)})
