@@ -196,6 +196,23 @@ def test_a_stopped_run_continues(served, capsys):
     assert steps[-1] == 4 * epochs
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+def test_a_signal_while_torch_is_loaded(name, tmp_path):
+    """A stand-in for torch takes its time; a scheduler is to start the same command again."""
+    code = "import pathlib, time; pathlib.Path('loading').touch(); time.sleep(60)"
+    (tmp_path / "torch.py").write_text(code)
+    environ = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "mtl_cli", "train"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((tmp_path / "loading").exists, "the import of torch")
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    _, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 75
+    assert error == f"mtl: stopped by SIG{name} outside of training; start the same command again\n"
+
+
 # --- at a chosen moment, in the test's own process -----------------------------------------------
 
 EXACT = (*SMALL, "epochs=2", "schedule=transfer", "schedule.stages.probe.epochs=1")
