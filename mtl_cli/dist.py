@@ -17,6 +17,9 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 TIMEOUT_S = 600
+SAME_WORDS_S = 5  # how long a failed rank waits for rank 0 to fail with the same message
+_FAILURE = "mtl/failure"
+_store: Any = None  # keys and values that all ranks see, from setup on
 
 
 def launched() -> bool:
@@ -60,10 +63,12 @@ def setup(device: torch.device) -> None:
         is_master=rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=timeout,
     )
+    global _store
     prefix = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'mtl')}/{attempt()}"
+    _store = torch.distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     td.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=torch.distributed.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+        store=_store,
         rank=rank(),
         world_size=world(),
         timeout=timeout,
@@ -82,6 +87,24 @@ def abandon() -> None:
     """Leave the group after a failure, without waiting for the others."""
     if td.is_initialized():
         td.destroy_process_group()
+
+
+def said_elsewhere(failure: str) -> bool:
+    """True if another rank reports the same failure, so that one line on the screen is enough.
+
+    Before :func:`setup` it is the first rank of the machine, after it rank 0. A rank that fails
+    alone waits a moment for rank 0, then says it.
+    """
+    if _store is None:
+        return local_rank() > 0
+    if rank() == 0:
+        _store.set(_FAILURE, failure)
+        return False
+    try:
+        _store.wait([_FAILURE], datetime.timedelta(seconds=SAME_WORDS_S))
+        return bool(_store.get(_FAILURE).decode() == failure)
+    except RuntimeError:  # rank 0 is well, or gone
+        return False
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -287,6 +287,11 @@ def write_facts(
 
 def show_plan(config: dict[str, Any], where: torch.device) -> int:
     """``--dry-run``: build every stage, print its parameter table, train nothing."""
+
+    def say(line: str) -> None:
+        if dist.rank() == 0:
+            console.say(line)
+
     schedule = build.make(config["schedule"], "schedule")
     builder = build.StageBuilder(
         {**config, "init_from": None},
@@ -295,17 +300,17 @@ def show_plan(config: dict[str, Any], where: torch.device) -> int:
         where,
         Progress(),
         None,
-        console.say,
+        say,
         StopFlag(),
     )
     for stage in schedule.stages(tuple(config["task"]["outputs"])):
         work = builder.plan(stage)
-        console.say(
+        say(
             f"stage {stage.name}: {work.epochs} epochs, {work.total_steps} steps, tasks "
             f"{', '.join(t.name for t in work.tasks)}, optimizers {', '.join(work.optimizers)}"
         )
         for line in format_table(work.rows):
-            console.say(line)
+            say(line)
     return OK
 
 
@@ -371,8 +376,10 @@ def fail(directory: RunDir | None, error: Exception, debug: bool) -> int:
     details = "".join(traceback.format_exception(error))
     if debug or code == UNEXPECTED:
         console.trace(details)
-    for line in getattr(error, "problems", [reason]):
-        console.error(line)
+    ranks_alike = isinstance(error, MtlError) and not isinstance(error, ResourceError)
+    if not (ranks_alike and dist.said_elsewhere(reason)):
+        for line in getattr(error, "problems", [reason]):
+            console.error(line)
     ours = directory is not None and directory.begun and dist.rank() == 0
     if directory is not None and ours and code != RunDirError.exit_code:
         with contextlib.suppress(MtlError, OSError):

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 import mtl_cli
-from mtl_cli import checkpoint, passes, train
+from mtl_cli import checkpoint, dist, passes, train
 from mtl_cli.cli import main
 from mtl_cli.errors import CheckpointError, SafetyError
 from mtl_cli.run import RunDir
@@ -251,6 +251,22 @@ def test_resume_with_other_data(fails, run):
     assert "differ" in line
     assert contents(run) == before
     assert main(["train", f"resume={run}"]) == 0
+
+
+def test_one_rank_says_what_all_find(monkeypatch):
+    """Rank 0 publishes its failure; another rank is silent if its own reads the same."""
+    assert not dist.said_elsewhere("before the ranks have met")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.said_elsewhere("before the ranks have met")
+    monkeypatch.setattr(dist, "_store", torch.distributed.HashStore())
+    monkeypatch.setattr(dist, "SAME_WORDS_S", 0.01)
+    monkeypatch.setenv("RANK", "1")
+    assert not dist.said_elsewhere("bad data"), "rank 0 is well"
+    monkeypatch.setenv("RANK", "0")
+    assert not dist.said_elsewhere("bad data")
+    monkeypatch.setenv("RANK", "1")
+    assert dist.said_elsewhere("bad data")
+    assert not dist.said_elsewhere("a file that is missing here only")
 
 
 # --- the run directory ---------------------------------------------------------------------------
