@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from PIL import Image
 import mtl_cli
 from mtl_cli import checkpoint, dist, passes, train
 from mtl_cli.cli import main
-from mtl_cli.errors import CheckpointError, SafetyError
+from mtl_cli.errors import CheckpointError, DataError, SafetyError
+from mtl_cli.evaluate import unjudged
 from mtl_cli.run import RunDir
+from mtl_cli.task import Task
 from tests import support
 
 SMALL = (*support.SMALL, "display=plain", "log_every_steps=2")
@@ -198,6 +201,19 @@ def test_an_output_without_a_label(fails, tmp_path):
     )
     line = fails(3, "train", "task=./kitchen.yaml", *PLAIN)
     assert "kind" in line
+
+
+def test_a_validation_split_without_labels():
+    task, other = Task("size", "regression", metrics=("mae",)), Task("age", "regression")
+    labelled, none = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    data = SimpleNamespace(splits={"val": torch.arange(4)}, valid={"size": none, "age": labelled})
+    assert unjudged((task, other), data, "age/mae") == [
+        "validation: no label of size among 4 samples: its metrics stay '-'"
+    ]
+    with pytest.raises(DataError, match="best_by: size/mae cannot be judged"):
+        unjudged((task, other), data, "size/mae")
+    (line,) = unjudged((task,), data, None)
+    assert "no label at all among 4 samples" in line
 
 
 # --- what is typed -------------------------------------------------------------------------------
