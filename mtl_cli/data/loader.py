@@ -150,6 +150,10 @@ class Loader:
             yield from self._loader
         except RuntimeError as error:
             raise worker_error(error) from error
+        except (ConnectionError, EOFError) as error:  # it died between its answer and the tensor
+            raise WorkerLost(
+                f"data: a worker died ({error}); try a smaller data.workers"
+            ) from error
 
 
 class WorkerLost(ResourceError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtl_cli.data.base import DataOptions, DataSet, Source, Table, normalise
-from mtl_cli.data.loader import worker_error
+from mtl_cli.data.loader import Loader, worker_error
 from mtl_cli.data.transforms import Light, Plain, Strong, seeded
 from mtl_cli.errors import ConfigError, DataError, ResourceError
 
@@ -242,6 +242,13 @@ def test_worker_errors_are_told_apart():
     assert isinstance(worker_error(dead), ResourceError)
     other = RuntimeError("shapes do not fit")
     assert worker_error(other) is other
+
+    class Gone:
+        def __getitem__(self, row):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(ResourceError, match="a worker died"):
+        list(Loader(Gone(), workers=0).stream([0]))
 
 
 def test_fingerprint_follows_files_labels_and_split(tmp_path):
