@@ -7,6 +7,7 @@ so that a sweep goes on and a scheduler can tell what to do.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import platform
@@ -62,6 +63,7 @@ def run_job(
     """
     stop = StopFlag()
     directory: RunDir | None = None
+    worker_reports: Any = None
     try:
         with stop.listening():
             config = build.plain_config(cfg)
@@ -79,7 +81,7 @@ def run_job(
     except Exception as error:
         # torch reports a dead worker wherever the main thread is, and again with every other one
         # that ends: not while this is written down
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        worker_reports = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         error = understood(error)
         if stop and isinstance(error, WorkerLost):
             # the signal went to the whole group: the last checkpoint stands
@@ -88,6 +90,9 @@ def run_job(
     finally:
         if directory is not None:
             directory.close()
+        if worker_reports is not None:  # the next job of a sweep wants to hear of its own
+            gc.collect()  # ends the loaders that the traceback held
+            signal.signal(signal.SIGCHLD, worker_reports)
 
 
 def train_in(

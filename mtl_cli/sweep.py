@@ -162,7 +162,10 @@ def _judge(job: Job) -> None:
         return
     job.state = "interrupted" if job.exit_code in INTERRUPTED else "failed"
     status = _json(job.run_dir / resume.STATUS)
-    job.reason = job.reason or str(status.get("reason") or f"exit {job.exit_code}")
+    said = status.get("reason") if status.get("exit_code") == job.exit_code else None
+    job.reason = job.reason or str(
+        said or f"exit {job.exit_code}"
+    )  # a refused resume writes nothing
 
 
 def _continued(job: Job) -> DictConfig | None:
