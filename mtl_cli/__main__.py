@@ -17,8 +17,8 @@ def main() -> None:
     """Entry point of the console script."""
     if sys.argv[1:2] == ["train"]:
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _stop)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _stop)  # under nohup a HUP is nobody's business
     sys.exit(run())
 
 

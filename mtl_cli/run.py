@@ -92,8 +92,16 @@ class StopFlag:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        """Handle the signals inside the context, restore the handlers after it."""
-        previous = {number: signal.signal(number, self._set) for number in SIGNALS}
+        """Handle the signals inside the context, restore the handlers after it.
+
+        A HUP that is ignored stays so: that is what nohup asks for.
+        """
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        previous = {
+            number: signal.signal(number, self._set)
+            for number in SIGNALS
+            if not (ignored and number == signal.SIGHUP)
+        }
         try:
             yield self
         finally:

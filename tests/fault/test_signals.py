@@ -24,6 +24,7 @@ from mtl_cli import build, checkpoint, train
 from mtl_cli.cli import main
 from mtl_cli.data.base import DataSet
 from mtl_cli.job import run_job
+from mtl_cli.run import StopFlag
 from tests import support
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,7 @@ def start(place: Path, name: str, *overrides: str, hold: bool = False) -> int:
     log = open(place / f"{name}.log", "w")  # noqa: SIM115
     sys.stdout = sys.stderr = log
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     if hold:  # a step that takes its time: the second signal arrives inside it
         original = train.train_step
 
@@ -194,6 +196,20 @@ def test_a_stopped_run_continues(served, capsys):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps == sorted(steps)
     assert steps[-1] == 4 * epochs
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopFlag()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.signal == "SIGUSR1"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
