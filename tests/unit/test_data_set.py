@@ -230,11 +230,13 @@ def test_workers_outlive_a_signal_to_the_group(tmp_path):
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         os.kill(worker.pid, number)
     assert len(list(batches)) == 3
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # noqa: PT012
+    with contextlib.suppress(RuntimeError):  # torch's report of it, if it listens
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(5)
     with contextlib.suppress(RuntimeError):
         data.close()
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_worker_errors_are_told_apart():
