@@ -209,7 +209,8 @@ class BackwardEngine:
     def _wants_gramian(self) -> bool:
         """Whether the strategy needs the Gramian of this step, for its weights or its state."""
         strategy = self.weighting
-        if not isinstance(strategy, GramianWeighting) or not self.shared:
+        material = self.shared and len(self.present)
+        if not isinstance(strategy, GramianWeighting) or not material:
             return False
         return self.declared is None or (
             strategy.observe and self.step % strategy.update_every == 0
@@ -246,8 +247,10 @@ class BackwardEngine:
             return RowsRoute(self)  # weights come after the last micro-batch
         if isinstance(strategy, GramianWeighting) and self.wanted:
             return RowsRoute(self) if strategy.wrt == "shared" else CutRoute(self)
-        uniform = self.weights is not None and bool((self.weights == 1).all())
-        return SumRoute(self) if strategy.heads == "weighted" or uniform else CutRoute(self)
+        alike = strategy.heads == "weighted"  # heads and shared part: one sum then gives both
+        if self.declared is not None:
+            alike = torch.equal(strategy.head_weights(self.declared, self.present), self.declared)
+        return SumRoute(self) if alike else CutRoute(self)
 
     def no_gramian(self) -> Tensor:
         """Zeros [K,K] on the device, to add products of scaled gradients to."""

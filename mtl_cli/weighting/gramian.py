@@ -285,11 +285,15 @@ class NashMTL(GramianWeighting):
         self.shortening: Tensor
         self.register_buffer("shortening", torch.ones((), dtype=torch.float64))
 
+    def row_weights(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
+        """As in the base; where it needs no solve, nothing is shortened."""
+        self.shortening.fill_(1.0)
+        return super().row_weights(gramian, losses, present, step)
+
     def head_weights(self, weights: Tensor, present: Tensor) -> Tensor:
         """The solution itself, not shortened, or 1."""
-        return super().head_weights(weights, present) / (
-            self.shortening if self.heads == "weighted" else 1.0
-        )
+        found = super().head_weights(weights, present)
+        return found / self.shortening if self.heads == "weighted" else found
 
     def solve(self, gramian: Tensor, losses: Tensor, present: Tensor, step: int) -> Tensor:
         """The w > 0 with G w = 1 / w."""

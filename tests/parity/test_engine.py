@@ -8,6 +8,7 @@ import torch
 from mtl_cli import passes
 from mtl_cli.data.base import normalise
 from mtl_cli.errors import ConfigError
+from mtl_cli.params import set_train_mode, set_trainable
 from mtl_cli.passes import label_counts
 from mtl_cli.rows import gramian_of
 from mtl_cli.train import train_step
@@ -103,6 +104,53 @@ def test_gramian_of_each_scope(wrt):
     torch.testing.assert_close(report.gramian, gramian, rtol=1e-9, atol=1e-14)
     found = flat(applied(work, before), "backbone.")
     torch.testing.assert_close(found, report.weights @ rows, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("transform", ["identity", "log"])
+def test_kept_weights_reach_the_heads_as_solved_ones_do(transform):
+    """Nash weighs the heads by its solution, the shared part by the shortened one: in each step."""
+    options = ("weighting=nash_mtl", "weighting.update_every=2", f"weighting.transform={transform}")
+    work = support.make_work(*options, "precision=fp64", *SGD)
+    support.rest_batchnorm(work)
+    train_step(work, support.first_step(work), 0, 0)
+    assert float(work.weighting.shortening) < 1
+    (batch,) = support.first_step(work)
+    losses, rows, head_rows = naive_rows(work, batch)
+    before = {name: p.detach().clone() for name, p in work.model.named_parameters()}
+    (report,) = train_step(work, [batch], 1, 0)
+    grads = applied(work, before)
+    torch.testing.assert_close(
+        flat(grads, "backbone."), report.weights @ rows, rtol=1e-8, atol=1e-10
+    )
+    heads = report.weights / work.weighting.shortening
+    for k, task in enumerate(work.tasks):
+        found = flat(grads, f"heads.{task.name}.")
+        torch.testing.assert_close(found, head_rows[k] * heads[k], rtol=1e-8, atol=1e-10)
+
+
+def test_imtl_scales_the_heads_while_the_backbone_rests():
+    options = ("weighting=imtl", "weighting.init=1.0", "unfreeze_at.backbone=1")
+    work = support.make_work(*options, "precision=fp64", *SGD)
+    set_trainable(work.rows, 0)
+    set_train_mode(work.model, work.rows)
+    (batch,) = support.first_step(work)
+    counts = label_counts(work, [batch])
+    name, head = work.tasks[0].name, work.model.task_parameters(work.tasks[0].name)
+    raw = work.model(normalise(batch.images).double())[name]
+    loss = work.losses[name](raw, batch.targets[name], batch.valid[name])[0] / counts[0, 0]
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, head)])
+    before = {n: p.detach().clone() for n, p in work.model.named_parameters()}
+    train_step(work, [batch], 0, 0)
+    found = flat(applied(work, before), f"heads.{name}.")
+    torch.testing.assert_close(found, torch.e * wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_a_step_without_labels_leaves_no_hook():
+    work = support.make_work("weighting=gradnorm")
+    for name in work.data.valid:
+        work.data.valid[name] = torch.zeros_like(work.data.valid[name])
+    train_step(work, support.first_step(work), 0, 0)
+    assert not work.model.last_layer()._forward_hooks
 
 
 @pytest.mark.parametrize("strategy", ["db_mtl", "moco"])

@@ -61,6 +61,17 @@ def test_nash_weighs_the_heads_by_the_solution_itself():
     assert build("nash_mtl", 2, heads="own").head_weights(weights, PAIR).tolist() == [1, 1]
 
 
+def test_nash_forgets_the_shortening_where_nothing_is_solved():
+    """An objective that is alone in a step has weight 1 for its head, whatever came before."""
+    rows = torch.tensor([[30.0, 0.0], [10.0, 20.0]]).double()
+    strategy, one = build("nash_mtl", 2), torch.tensor([1])
+    strategy.row_weights(rows @ rows.T, torch.ones(2).double(), PAIR, 0)
+    assert float(strategy.shortening) < 1
+    alone = rows[one]
+    weights = strategy.row_weights(alone @ alone.T, torch.ones(1).double(), one, 1)
+    assert weights.tolist() == strategy.head_weights(weights, one).tolist() == [1.0]
+
+
 def test_gradvac_targets_stay_cosines():
     rows = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [1e4, 2e4], [-3.0, -6.0]])
     gramian = gramian_of([[row] for row in rows])
